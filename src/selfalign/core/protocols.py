@@ -1,0 +1,86 @@
+"""The two protocols that every engine implements, and what passes through them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from pydantic import Field
+
+from selfalign.core.frozen import Frozen
+from selfalign.core.records import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one row asks of a model.
+
+    A last message of role `assistant` is an opening that the model continues, not a finished turn. `seed` keys
+    the row's own sampling noise, so that batching and sharding change nothing.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    seed: int = 0
+
+
+class Sampling(Frozen):
+    """How the next token is chosen. Defaults are the paper's (arXiv 2308.06259, section 3.1)."""
+
+    temperature: float = Field(0.7, ge=0, description="0 is greedy")
+    top_p: float = Field(0.9, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 is off")
+    max_new_tokens: int = Field(512, gt=0)
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the model wrote, without the stop string. `too_long`: the prompt left no room, and `text` is empty."""
+
+    text: str
+    tokens: int
+    finish: Literal["stop", "length", "too_long"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Log-probability (nats, summed over `tokens` tokens) of one continuation given its request."""
+
+    log_prob: float
+    tokens: int
+
+
+class Generator(Protocol):
+    """Writes replies."""
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, adapter: Path | None = None
+    ) -> list[Reply]:
+        """One reply a request, in order."""
+        ...
+
+
+class Scorer(Protocol):
+    """Scores given continuations without writing any."""
+
+    def score(
+        self, requests: Sequence[Request], continuations: Sequence[Sequence[str]], adapter: Path | None = None
+    ) -> list[list[Score] | None]:
+        """For each request, one Score for each of its continuations; None where the prompt left no room.
+
+        A continuation is the text right after the request's last message. The tokens of request and
+        continuation are those of the joint text, so that no token boundary is forced between the two; where
+        continuations share their first tokens, these count as part of the request.
+        """
+        ...
+
+
+class Engine(Generator, Scorer, Protocol):
+    """A loaded base model that can do both. `tokens` counts all tokens processed since it was opened."""
+
+    tokens: int
+
+    def close(self) -> None:
+        """Free the model's memory. The engine cannot be used afterwards."""
+        ...

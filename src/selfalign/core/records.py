@@ -1,0 +1,116 @@
+"""The rows that flow between steps, and what may happen to a row instead.
+
+Every table column is a field here. Columns follow the ecosystem: `prompt` and `completion` (text in a pair, a
+list of messages in a training example), `id`, `source`, `license`, `rating`, `rating_dist`, `model`,
+`prompt_hash`, `parents`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates take it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """A row of a table. `id` is unique within its table; units split from a parent are called `parent/n`."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFile(Record):
+    """A file of rows outside the run. `rows` counts its records independently of how they parse."""
+
+    path: str
+    sha256: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document(Record):
+    """A piece of unlabelled text: a candidate response."""
+
+    source: str
+    license: str | None = None
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair(Record):
+    """An instruction (`prompt`) and its response (`completion`)."""
+
+    source: str
+    license: str | None = None
+    prompt: str
+    completion: str
+    split: str | None = None
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate(Pair):
+    """A pair whose instruction a model wrote. `model` is that model's identity."""
+
+    model: str
+    prompt_hash: str
+    finish: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rated(Candidate):
+    """A candidate with the rater's verdict.
+
+    `rating` is 1.0..5.0, or null when unrated; `rating_dist` the probabilities of "1".."5" before
+    renormalisation, so that `off_scale` = 1 - their sum; `entropy` in nats, of the renormalised distribution.
+    """
+
+    rating: float | None = None
+    rating_dist: tuple[float, ...] = ()
+    off_scale: float | None = None
+    entropy: float | None = None
+    reply: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example(Record):
+    """A training row: the loss is on `completion` only. `kind` says where it came from."""
+
+    kind: str
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """A row that does not go on, with the reason; `row` is what is known of it, as far as it parsed.
+
+    `rejected` rows were understood and filtered. `quarantined` rows are broken, or broke their worker:
+    `detail` then says where (source, offset, SHA-256 of the bytes). `units` counts what is lost with it.
+    """
+
+    id: str
+    reason: str
+    row: Record | None = None
+    detail: str | None = None
+    units: int = 1
+    outcome: Literal["rejected", "quarantined"] = "rejected"
+
+
+def rejected(id: str, reason: str, row: Record | None = None, detail: str | None = None) -> Dropped:
+    """A row that was understood and filtered."""
+    return Dropped(id=id, reason=reason, row=row, detail=detail)
+
+
+def quarantined(id: str, reason: str, detail: str, units: int = 1) -> Dropped:
+    """A row that is broken, or that breaks whoever processes it."""
+    return Dropped(id=id, reason=reason, detail=detail, units=units, outcome="quarantined")
+
+
+Outcome = Record | Dropped

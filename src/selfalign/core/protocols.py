@@ -1,6 +1,6 @@
-"""The two protocols that every engine implements, and what passes through them."""
+"""The protocols: what every engine and every backend implements, and what passes through them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -8,7 +8,10 @@ from typing import Literal, Protocol
 from pydantic import Field
 
 from selfalign.core.frozen import Frozen
-from selfalign.core.records import Message
+from selfalign.core.records import Message, Record
+from selfalign.core.shards import ShardReport
+from selfalign.core.stage import BuildStage, Built, Context, MapStage
+from selfalign.core.store import Artifact
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +57,7 @@ class Score:
 class Generator(Protocol):
     """Writes replies."""
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, adapter: Path | None = None
-    ) -> list[Reply]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, adapter: Path | None = None) -> list[Reply]:
         """One reply a request, in order."""
         ...
 
@@ -83,4 +84,33 @@ class Engine(Generator, Scorer, Protocol):
 
     def close(self) -> None:
         """Free the model's memory. The engine cannot be used afterwards."""
+        ...
+
+
+@dataclass(frozen=True)
+class MapJob:
+    """A map step to be done: input shard i makes output shard i, for every i in `todo`."""
+
+    stage: MapStage
+    context: Context
+    artifact: Artifact
+    sources: tuple[Path | Record, ...]
+    todo: tuple[int, ...]
+
+
+class Backend(Protocol):
+    """Runs steps somewhere. Whatever it does, shards are committed through `core.shards.run_shard`."""
+
+    def map(self, job: MapJob, done: Callable[[ShardReport], None]) -> None:
+        """Run the shards of `job.todo`, calling `done` in this process after each."""
+        ...
+
+    def build(
+        self, stage: BuildStage, context: Context, folder: Path, log: Callable[[Mapping[str, float]], None]
+    ) -> Built:
+        """Run a build into `folder`."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the backend holds."""
         ...

@@ -21,9 +21,7 @@ def template_text(name: str) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
-        raise UsageError(
-            f"model.chat_template: no file {name!r}; name a file, or one of ours: {known}"
-        ) from error
+        raise UsageError(f"model.chat_template: no file {name!r}; name a file, or one of ours: {known}") from error
 
 
 def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":

@@ -1,0 +1,102 @@
+"""The Ray backend: a pool of actors, one engine an actor, one shard a task."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from selfalign.core.errors import InternalError, MismatchError, ServiceError
+from selfalign.core.identity import code_digest
+from selfalign.core.protocols import MapJob
+from selfalign.core.shards import ShardReport, run_shard
+from selfalign.core.stage import BuildStage, Built, Context, Process
+
+# A shard whose worker dies is handed out again; the journal beside it finds the row that kills, after three deaths
+# a row. This bound only ends what the journal cannot explain (a node that kills every worker at start).
+DEATHS_PER_SHARD = 50
+
+
+class Worker:
+    """What runs inside an actor: it opens a stage once and then processes shards."""
+
+    def __init__(self, code: str) -> None:
+        if code != code_digest():
+            raise MismatchError("driver and workers run different selfalign sources; use one image or py_modules")
+        self._opened: tuple[str, Process] | None = None
+
+    def shard(self, job: MapJob, number: int) -> ShardReport:
+        """Process one shard."""
+        if self._opened is None or self._opened[0] != job.artifact.name:
+            self._opened = (job.artifact.name, job.stage.open(job.context))
+        return run_shard(job.stage, self._opened[1], job.sources[number], job.artifact, number)
+
+    def build(self, stage: BuildStage, context: Context, folder: Path) -> tuple[Built, list[dict[str, float]]]:
+        """Run a build; its log lines come back with the result."""
+        lines: list[dict[str, float]] = []
+        return stage.build(context, folder, lambda line: lines.append(dict(line))), lines
+
+
+class RayBackend:
+    """Runs shards on a Ray cluster whose workers see the run folder."""
+
+    def __init__(self, workers: int = 2) -> None:
+        import ray
+
+        self._ray = ray
+        try:
+            ray.init(address=os.environ.get("RAY_ADDRESS"), ignore_reinit_error=True, log_to_driver=False)
+        except (ConnectionError, RuntimeError) as error:
+            raise ServiceError(f"Ray cannot be reached at {os.environ.get('RAY_ADDRESS')}: {error}") from error
+        # Lost actors are replaced by hand below, so that the shard they held is known.
+        self._actor = ray.remote(num_cpus=1, max_restarts=0)(Worker)
+        self._size = workers
+
+    def map(self, job: MapJob, done: Callable[[ShardReport], None]) -> None:
+        """See `core.protocols.Backend`."""
+        from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+        todo = list(reversed(job.todo))
+        idle = [self._start() for _ in range(min(self._size, len(todo)))]
+        busy: dict[Any, tuple[Any, int]] = {}
+        deaths: dict[int, int] = {}
+        while todo or busy:
+            while todo and idle:
+                worker, number = idle.pop(), todo.pop()
+                busy[worker.shard.remote(job, number)] = (worker, number)
+            ready, _ = self._ray.wait(list(busy), num_returns=1)
+            worker, number = busy.pop(ready[0])
+            try:
+                done(self._ray.get(ready[0]))
+            except (ActorDiedError, ActorUnavailableError) as error:
+                deaths[number] = deaths.get(number, 0) + 1
+                if deaths[number] > DEATHS_PER_SHARD:
+                    raise InternalError(f"shard {number} of {job.artifact.name} kills every worker") from error
+                todo.append(number)
+                worker = self._start()
+            except self._ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            idle.append(worker)
+        for worker in idle:
+            self._ray.kill(worker)
+
+    def build(
+        self, stage: BuildStage, context: Context, folder: Path, log: Callable[[Mapping[str, float]], None]
+    ) -> Built:
+        """See `core.protocols.Backend`."""
+        worker = self._start()
+        try:
+            built, lines = self._ray.get(worker.build.remote(stage, context, folder))
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        finally:
+            self._ray.kill(worker)
+        for line in lines:
+            log(line)
+        return built  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        self._ray.shutdown()
+
+    def _start(self) -> Any:
+        return self._actor.remote(code_digest())

@@ -1,0 +1,216 @@
+"""What a step is: a stage (a value that knows no backend), its inputs, and what it sees while it runs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from pydantic import JsonValue
+
+from selfalign.core.errors import InternalError
+from selfalign.core.frozen import Frozen
+from selfalign.core.identity import seed_for, step_identity
+from selfalign.core.records import Outcome, Record
+from selfalign.core.tables import read_kept
+
+if TYPE_CHECKING:
+    from selfalign.core.store import Artifact, Manifest
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class External:
+    """Something outside the run: a file, a folder or a model, pinned by the digest of its content.
+
+    `rows` makes it the main input of a map: each row is a shard of its own (one source file, say).
+    """
+
+    path: str
+    digest: str
+    rows: tuple[Record, ...] = ()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a running step sees: its inputs by role, and the run's seed. Travels to workers by pickle."""
+
+    stage: str
+    seed: int
+    inputs: Mapping[str, "Artifact | External"]
+
+    def rows(self, role: str, record: type[R]) -> Iterator[R]:
+        """The kept rows of an input, shard by shard, each in order of id."""
+        for shard in self._artifact(role).shards():
+            yield from read_kept(shard, record)
+
+    def path(self, role: str) -> Path:
+        """The folder of a build's files, or the path of something outside."""
+        source = self.inputs[role]
+        return Path(source.path) if isinstance(source, External) else source.files
+
+    def metrics(self, role: str) -> Mapping[str, JsonValue]:
+        """What the input measured of itself."""
+        return self.manifest(role).metrics
+
+    def manifest(self, role: str) -> "Manifest":
+        """The manifest of an input made by a step."""
+        manifest = self._artifact(role).manifest()
+        if manifest is None:
+            raise InternalError(f"{self.stage} runs before its input {role!r} is complete")
+        return manifest
+
+    def identity(self, role: str) -> str:
+        """Identity of a step's output, or digest of something outside."""
+        source = self.inputs[role]
+        return source.digest if isinstance(source, External) else source.identity
+
+    def seed_for(self, row_id: str) -> int:
+        """The seed of one row in this step."""
+        return seed_for(self.seed, row_id, self.stage)
+
+    def _artifact(self, role: str) -> "Artifact":
+        source = self.inputs[role]
+        if isinstance(source, External):
+            raise InternalError(f"{self.stage}: input {role!r} is not a step's output")
+        return source
+
+
+@dataclass(frozen=True)
+class Stage(ABC):
+    """A value: name, version, configuration. `version` changes when its code computes something else.
+
+    `seeded` says whether the run's seed decides its output, `engine` whether it loads a model.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    seeded: ClassVar[bool] = False
+
+    def settings(self) -> Mapping[str, Frozen | JsonValue]:
+        """What identity counts, beside the inputs. Gates are left out: they decide no bytes."""
+        return {}
+
+    def check(self, manifest: "Manifest") -> None:
+        """The stage's quality gate: raise GateError where the output is not good enough to go on with."""
+        return
+
+
+@dataclass(frozen=True)
+class Process:
+    """An opened map: `run` takes a batch of rows; `tokens` says how many the model has processed so far."""
+
+    run: Callable[[Sequence[Any]], Iterable[Outcome]]
+    tokens: Callable[[], int] = lambda: 0
+
+
+@dataclass(frozen=True)
+class MapStage(Stage):
+    """One row → rows or dropped rows, by shard. Its main input has the role `rows`.
+
+    `batch_rows` rows are processed at a time: they crash together, and are then retried one by one.
+    """
+
+    record: ClassVar[type[Record]]
+    output: ClassVar[type[Record]]
+    batch_rows: ClassVar[int] = 128
+
+    @abstractmethod
+    def open(self, context: Context) -> Process:
+        """What processes a batch of rows. Called once a worker, so that models are loaded once."""
+
+    def units(self, row: Any) -> int:
+        """How many units a row is split into; each must come out as a row or as dropped."""
+        return 1
+
+    def size(self, row: Any) -> int:
+        """Rows of like size share a batch."""
+        return 0
+
+
+@dataclass(frozen=True)
+class WholeStage(Stage):
+    """All rows → rows, by one writer. Without inputs that are rows, it makes them."""
+
+    record: ClassVar[type[Record]]
+    output: ClassVar[type[Record]]
+    shard_rows: int = 512
+
+    @abstractmethod
+    def run(self, rows: Sequence[Any], context: Context) -> Iterable[Outcome]:
+        """Every input row comes out once, kept or dropped; new rows name theirs in `parents`."""
+
+    def units(self, rows: Sequence[Any], context: Context) -> int:
+        """How many units must come out: one for each row of the inputs."""
+        return len(rows)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build leaves: `content` names the files whose bytes are its result (never logs, times, paths).
+
+    `stop` ends the rounds: the steps that come after this one are skipped.
+    """
+
+    content: tuple[str, ...]
+    metrics: Mapping[str, JsonValue] = field(default_factory=dict)
+    tokens: int = 0
+    stop: str | None = None
+
+
+@dataclass(frozen=True)
+class BuildStage(Stage):
+    """Rows → files: training, evaluation. One process at a time, under a lease."""
+
+    @abstractmethod
+    def build(self, context: Context, folder: Path, log: Callable[[Mapping[str, float]], None]) -> Built:
+        """Write the files into `folder`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage in its place: `name` is `section.verb` or `section.verb@round`, `arm` is None for the main one.
+
+    `inputs` decide its identity. `after` only orders it, and carries a stop or a failed gate to it.
+    """
+
+    name: str
+    stage: Stage
+    inputs: Mapping[str, "Step | External"]
+    seed: int
+    arm: str | None = None
+    after: tuple["Step", ...] = ()
+
+    @property
+    def section(self) -> str:
+        """The recipe's key, and what `--only` takes."""
+        return self.name.split(".")[0]
+
+    @property
+    def round(self) -> int | None:
+        """The number behind the @."""
+        return int(self.name.split("@")[1]) if "@" in self.name else None
+
+    @property
+    def key(self) -> str:
+        """Unique within a run: arm and name."""
+        return self.name if self.arm is None else f"{self.arm}/{self.name}"
+
+    @cached_property
+    def identity(self) -> str:
+        """See `core.identity.step_identity`."""
+        settings = {
+            key: value.model_dump(mode="json") if isinstance(value, Frozen) else value
+            for key, value in self.stage.settings().items()
+        }
+        if isinstance(self.stage, WholeStage):
+            settings["shard_rows"] = self.stage.shard_rows
+        inputs = {r: s.digest if isinstance(s, External) else s.identity for r, s in self.inputs.items()}
+        seed = self.seed if self.stage.seeded else None
+        return step_identity(self.stage.name, self.stage.version, settings, seed, inputs)
+
+    def parents(self) -> tuple["Step", ...]:
+        """The steps that must be done first."""
+        return (*(s for s in self.inputs.values() if isinstance(s, Step)), *self.after)

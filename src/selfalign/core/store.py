@@ -1,0 +1,194 @@
+"""The run folder: artifacts that are complete when their manifest is there, and committed once.
+
+```
+run.json  recipe.yaml  artifacts/<stage>-<identity>/{shard-00000.parquet … | files/}  metrics.jsonl  manifest.json
+```
+"""
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from selfalign.core.errors import MismatchError, StorageError
+from selfalign.core.identity import digest, file_digest
+from selfalign.core.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete artifact says of itself. `sha256` is over its content, `inputs` over its inputs' content."""
+
+    stage: str
+    identity: str
+    sha256: str
+    inputs: Mapping[str, str]
+    files: Mapping[str, str]
+    ledger: Mapping[str, JsonValue]
+    metrics: Mapping[str, JsonValue] = field(default_factory=dict)
+    stop: str | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    code: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The output of one step, complete or not."""
+
+    folder: Path
+    identity: str
+
+    @property
+    def files(self) -> Path:
+        """Where a build's files lie."""
+        return self.folder / "files"
+
+    @property
+    def name(self) -> str:
+        """`<stage>-<identity>`."""
+        return self.folder.name
+
+    def shard(self, number: int) -> Path:
+        """The one name of a shard."""
+        return self.folder / f"shard-{number:05d}.parquet"
+
+    def shards(self) -> list[Path]:
+        """The shards that are committed, in order."""
+        return sorted(self.folder.glob("shard-?????.parquet"))
+
+    def manifest(self) -> Manifest | None:
+        """The manifest, or None while the artifact is incomplete."""
+        path = self.folder / "manifest.json"
+        try:
+            return Manifest(**json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise StorageError(f"{path} is damaged ({error}); delete its folder and run again") from error
+
+    def verify(self) -> None:
+        """Compare every file with the manifest. Raises StorageError naming the first that differs."""
+        manifest = self.manifest()
+        for name, sha256 in (manifest.files if manifest else {}).items():
+            path = self.folder / name
+            if not path.is_file() or file_digest(path) != sha256:
+                raise StorageError(
+                    f"{path} is not what {self.name} committed (missing or changed bytes); "
+                    "delete that folder and run again to rebuild it"
+                )
+
+    def finish(self, manifest: Manifest) -> Manifest:
+        """Make the artifact visible. Of two writers the first wins, and its manifest is returned."""
+        # The manifest goes last: its existence is what makes the rest count.
+        commit(self.folder / "manifest.json", json.dumps(asdict(manifest), indent=1).encode())
+        return self.manifest() or manifest
+
+
+@dataclass(frozen=True)
+class Store:
+    """A run folder."""
+
+    root: Path
+
+    def artifact(self, stage: str, identity: str) -> Artifact:
+        """The artifact of that identity, whether or not it is there yet."""
+        return Artifact(self.root / "artifacts" / f"{stage}-{identity}", identity)
+
+
+def commit(path: Path, data: bytes) -> bool:
+    """Write `data` under its final name, durably and all at once. False where somebody committed that name before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    with _explained(path):
+        try:
+            with draft.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            # A link, unlike a rename, never replaces what is there.
+            os.link(draft, path)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    return True
+
+
+def commit_folder(draft: Path, final: Path) -> bool:
+    """Give a written folder its final name, durably. False where somebody committed that name before."""
+    with _explained(final):
+        for path in draft.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        try:
+            os.rename(draft, final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(draft)
+            return False
+        sync_folder(final.parent)
+    return True
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file that may change (run.json): readers see the old or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    with _explained(path):
+        try:
+            draft.write_bytes(data)
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}; what was committed so far stays") from error
+
+
+def content_digest(folder: Path, names: Sequence[str]) -> str:
+    """SHA-256 over the named files' digests: an artifact's content."""
+    return digest({name: file_digest(folder / name) for name in names})
+
+
+def check_inputs(manifest: Manifest, inputs: Mapping[str, str]) -> None:
+    """Refuse a reused artifact that was made from other bytes than its inputs now hold."""
+    for role, sha256 in manifest.inputs.items():
+        if inputs.get(role) != sha256:
+            raise MismatchError(
+                f"{manifest.stage}-{manifest.identity} was made from other data than its input {role!r} holds now "
+                f"(SHA-256 {sha256[:12]}… then, {(inputs.get(role) or 'none')[:12]}… now); delete that folder to "
+                "make it anew"
+            )
+
+
+def balanced(manifest: Manifest) -> Ledger:
+    """The manifest's ledger as counts."""
+    return Ledger(
+        **{("in_" if key == "in" else key): value for key, value in manifest.ledger.items()}  # type: ignore[arg-type]
+    )

@@ -1,0 +1,109 @@
+"""Records as Parquet: one shard holds the rows that were kept and, marked by `outcome`, those that were not."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from selfalign.core.errors import StorageError
+from selfalign.core.ledger import Ledger
+from selfalign.core.records import Dropped, Message, Outcome, Record
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+R = TypeVar("R", bound=Record)
+
+
+def schema(record: type[Record]) -> "pa.Schema":
+    """Arrow schema of a record's table, the outcome's columns included. Only `id` and `outcome` are never null."""
+    import pyarrow as pa
+
+    fields: list[pa.Field[Any]] = [pa.field("id", pa.string(), nullable=False)]
+    fields += [pa.field("outcome", pa.string(), nullable=False), pa.field("reason", pa.string())]
+    fields += [pa.field("detail", pa.string()), pa.field("units", pa.int64())]
+    hints = typing.get_type_hints(record)
+    fields += [pa.field(f.name, _arrow(hints[f.name])) for f in dataclasses.fields(record) if f.name != "id"]
+    return pa.schema(fields)
+
+
+def _arrow(hint: object) -> "pa.DataType":
+    import pyarrow as pa
+
+    simple: Mapping[object, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    if hint in simple:
+        return simple[hint]
+    if hint is Message:
+        return pa.struct([("role", pa.string()), ("content", pa.string())])
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return pa.list_(_arrow(args[0]))
+    if isinstance(hint, types.UnionType):
+        return _arrow(next(a for a in args if a is not type(None)))
+    raise TypeError(f"no Arrow type for {hint}")
+
+
+def to_parquet(outcomes: Iterable[Outcome], record: type[Record]) -> bytes:
+    """A shard's bytes: rows sorted by id, page checksums, the same bytes for the same rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [f.name for f in schema(record)]
+    rows = sorted((_cells(outcome, columns) for outcome in outcomes), key=lambda row: row["id"])
+    table = pa.Table.from_pylist(rows, schema=schema(record))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue().to_pybytes()
+
+
+def _cells(outcome: Outcome, columns: list[str]) -> dict[str, Any]:
+    row = outcome if isinstance(outcome, Record) else outcome.row
+    cells = {name: getattr(row, name, None) for name in columns}
+    if isinstance(outcome, Dropped):
+        cells |= {f: getattr(outcome, f) for f in ("id", "outcome", "reason", "detail", "units")}
+    else:
+        cells |= {"outcome": "kept", "units": 1}
+    return cells
+
+
+def _read(path: Path, columns: list[str] | None = None) -> "pa.Table":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"{path} is damaged or unreadable: {error}") from error
+
+
+def read_kept(path: Path, record: type[R]) -> Iterator[R]:
+    """The kept rows of a shard, in order of id."""
+    for outcome in read_outcomes(path, record):
+        if isinstance(outcome, record):
+            yield outcome
+
+
+def read_outcomes(path: Path, record: type[R]) -> Iterator[R | Dropped]:
+    """All rows of a shard. A dropped row carries its record as far as its columns are known."""
+    hints = typing.get_type_hints(record)
+    lists = [name for name, hint in hints.items() if typing.get_origin(hint) is tuple]
+    for cells in _read(path).to_pylist():
+        meta = {f: cells.pop(f) for f in ("outcome", "reason", "detail", "units")}
+        known = any(value is not None for name, value in cells.items() if name != "id")
+        for name in lists:
+            cells[name] = tuple(cells[name] or ())
+        row = record(**cells)
+        if meta["outcome"] == "kept":
+            yield row
+        else:
+            yield Dropped(id=row.id, row=row if known else None, **meta)
+
+
+def ledger_of(path: Path) -> Ledger:
+    """A shard's ledger by what it holds; `sources` and `in_` are the writer's to know."""
+    ledger = Ledger()
+    for cells in _read(path, ["outcome", "reason", "units"]).to_pylist():
+        ledger.count(cells["outcome"], cells["reason"], cells["units"])
+    return ledger

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from selfalign.backends.local import LocalBackend
 from selfalign.core.errors import GateError, MismatchError, StorageError
 from selfalign.core.records import Candidate
@@ -189,7 +190,7 @@ def surviving(toy: Toy, root: Path) -> tuple[list[str], dict[str, tuple[str, int
 def test_a_row_that_kills_the_driver_is_quarantined_after_three_deaths(toy: Toy, tmp_path: Path) -> None:
     poison = poisoned(toy, tmp_path)
     deaths = 0
-    while (process := start(poison, tmp_path / "run")).wait() != 0:
+    while start(poison, tmp_path / "run").wait() != 0:
         deaths += 1
         assert deaths < 10
     kept, dropped = surviving(poison, tmp_path / "run")
@@ -205,7 +206,7 @@ def test_ray_workers_make_the_same_bytes_as_this_process(
     from selfalign.backends.ray import RayBackend
 
     run(toy, tmp_path / "local")
-    run(toy, tmp_path / "ray", RayBackend(workers))
+    run(replace(toy, workers=workers), tmp_path / "ray", RayBackend())
     assert contents(toy, tmp_path / "ray") == contents(toy, tmp_path / "local")
 
 

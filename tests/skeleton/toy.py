@@ -10,7 +10,7 @@ from selfalign.core.errors import GateError
 from selfalign.core.identity import digest, seed_for
 from selfalign.core.protocols import Request, Sampling
 from selfalign.core.records import Candidate, Document, Outcome, Record, rejected
-from selfalign.core.stage import BuildStage, Built, Context, External, MapStage, Process, Step, WholeStage
+from selfalign.core.stage import BuildStage, Built, Context, External, MapStage, Process, Resources, Step, WholeStage
 from selfalign.core.store import Manifest
 from selfalign.engines.config import ModelConfig
 from selfalign.engines.open import open_engine
@@ -143,6 +143,7 @@ class Toy:
     stop_below: int = 0
     rounds: int = 2
     shard_rows: int = 16
+    workers: int = 2
 
     def steps(self) -> list[Step]:
         """Read, ask, then in each round: keep and train, the next round asking the trained model."""
@@ -151,8 +152,12 @@ class Toy:
         steps, model, after = [read], base, ()
         for k in range(1, self.rounds + 1):
             ask_stage = Ask(self.model, self.candidates)
-            ask = Step(f"augment.ask@{k}", ask_stage, {"rows": read, "model": model}, self.seed, after=after)
-            keep = Step(f"curate.keep@{k}", Keep(threshold=self.threshold, min_kept=self.min_kept), {"rows": ask}, self.seed)
+            inputs = {"rows": read, "model": model}
+            pool = Resources(workers=self.workers)
+            ask = Step(f"augment.ask@{k}", ask_stage, inputs, self.seed, after=after, resources=pool)
+            keep = Step(
+                f"curate.keep@{k}", Keep(threshold=self.threshold, min_kept=self.min_kept), {"rows": ask}, self.seed
+            )
             train_stage = FakeTrain(self.stop_below)
             train = Step(f"forward.train@{k}", train_stage, {"rows": keep, "model": model}, self.seed, after=(keep,))
             steps += [ask, keep, train]

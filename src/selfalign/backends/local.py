@@ -5,7 +5,7 @@ from pathlib import Path
 
 from selfalign.core.protocols import MapJob
 from selfalign.core.shards import ShardReport, run_shard
-from selfalign.core.stage import BuildStage, Built, Context
+from selfalign.core.stage import BuildStage, Built, Context, Resources
 
 
 class LocalBackend:
@@ -18,7 +18,12 @@ class LocalBackend:
             done(run_shard(job.stage, process, job.sources[number], job.artifact, number))
 
     def build(
-        self, stage: BuildStage, context: Context, folder: Path, log: Callable[[Mapping[str, float]], None]
+        self,
+        stage: BuildStage,
+        context: Context,
+        folder: Path,
+        log: Callable[[Mapping[str, float]], None],
+        resources: Resources,
     ) -> Built:
         """See `core.protocols.Backend`."""
         return stage.build(context, folder, log)

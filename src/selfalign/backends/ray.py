@@ -9,7 +9,7 @@ from selfalign.core.errors import InternalError, MismatchError, ServiceError
 from selfalign.core.identity import code_digest
 from selfalign.core.protocols import MapJob
 from selfalign.core.shards import ShardReport, run_shard
-from selfalign.core.stage import BuildStage, Built, Context, Process
+from selfalign.core.stage import BuildStage, Built, Context, Process, Resources
 
 # A shard whose worker dies is handed out again; the journal beside it finds the row that kills, after three deaths
 # a row. This bound only ends what the journal cannot explain (a node that kills every worker at start).
@@ -39,7 +39,7 @@ class Worker:
 class RayBackend:
     """Runs shards on a Ray cluster whose workers see the run folder."""
 
-    def __init__(self, workers: int = 2) -> None:
+    def __init__(self) -> None:
         import ray
 
         self._ray = ray
@@ -48,15 +48,14 @@ class RayBackend:
         except (ConnectionError, RuntimeError) as error:
             raise ServiceError(f"Ray cannot be reached at {os.environ.get('RAY_ADDRESS')}: {error}") from error
         # Lost actors are replaced by hand below, so that the shard they held is known.
-        self._actor = ray.remote(num_cpus=1, max_restarts=0)(Worker)
-        self._size = workers
+        self._actor = ray.remote(max_restarts=0)(Worker)
 
     def map(self, job: MapJob, done: Callable[[ShardReport], None]) -> None:
         """See `core.protocols.Backend`."""
         from ray.exceptions import ActorDiedError, ActorUnavailableError
 
         todo = list(reversed(job.todo))
-        idle = [self._start() for _ in range(min(self._size, len(todo)))]
+        idle = [self._start(job.resources) for _ in range(min(job.resources.workers, len(todo)))]
         busy: dict[Any, tuple[Any, int]] = {}
         deaths: dict[int, int] = {}
         while todo or busy:
@@ -72,7 +71,7 @@ class RayBackend:
                 if deaths[number] > DEATHS_PER_SHARD:
                     raise InternalError(f"shard {number} of {job.artifact.name} kills every worker") from error
                 todo.append(number)
-                worker = self._start()
+                worker = self._start(job.resources)
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause from error
             idle.append(worker)
@@ -80,10 +79,15 @@ class RayBackend:
             self._ray.kill(worker)
 
     def build(
-        self, stage: BuildStage, context: Context, folder: Path, log: Callable[[Mapping[str, float]], None]
+        self,
+        stage: BuildStage,
+        context: Context,
+        folder: Path,
+        log: Callable[[Mapping[str, float]], None],
+        resources: Resources,
     ) -> Built:
         """See `core.protocols.Backend`."""
-        worker = self._start()
+        worker = self._start(resources)
         try:
             built, lines = self._ray.get(worker.build.remote(stage, context, folder))
         except self._ray.exceptions.RayTaskError as error:
@@ -98,5 +102,5 @@ class RayBackend:
         """Leave the cluster."""
         self._ray.shutdown()
 
-    def _start(self) -> Any:
-        return self._actor.remote(code_digest())
+    def _start(self, resources: Resources) -> Any:
+        return self._actor.options(num_cpus=resources.cpus, num_gpus=resources.gpus).remote(code_digest())

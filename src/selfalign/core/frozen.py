@@ -14,4 +14,8 @@ class RecipePath:
 
     A recipe's loader makes it absolute, from the recipe's folder or, in an override, from the working directory:
     always when it starts with `./` or `../`, otherwise when such a file exists, since it may be a Hub name too.
+    `RecipePath("previous", "base")` names words with a meaning of their own, which no file of that name changes.
     """
+
+    def __init__(self, *words: str) -> None:
+        self.words = frozenset(words)

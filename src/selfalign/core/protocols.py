@@ -10,7 +10,7 @@ from pydantic import Field
 from selfalign.core.frozen import Frozen
 from selfalign.core.records import Message, Record
 from selfalign.core.shards import ShardReport
-from selfalign.core.stage import BuildStage, Built, Context, MapStage
+from selfalign.core.stage import BuildStage, Built, Context, MapStage, Resources
 from selfalign.core.store import Artifact
 
 
@@ -96,6 +96,7 @@ class MapJob:
     artifact: Artifact
     sources: tuple[Path | Record, ...]
     todo: tuple[int, ...]
+    resources: Resources
 
 
 class Backend(Protocol):
@@ -106,7 +107,12 @@ class Backend(Protocol):
         ...
 
     def build(
-        self, stage: BuildStage, context: Context, folder: Path, log: Callable[[Mapping[str, float]], None]
+        self,
+        stage: BuildStage,
+        context: Context,
+        folder: Path,
+        log: Callable[[Mapping[str, float]], None],
+        resources: Resources,
     ) -> Built:
         """Run a build into `folder`."""
         ...

@@ -66,11 +66,13 @@ class Candidate(Pair):
 class Rated(Candidate):
     """A candidate with the rater's verdict.
 
-    `rating` is 1.0..5.0, or null when unrated; `rating_dist` the probabilities of "1".."5" before
-    renormalisation, so that `off_scale` = 1 - their sum; `entropy` in nats, of the renormalised distribution.
+    `rating` is 1.0..5.0, or null with the reason in `unrated`; `rating_dist` the probabilities of "1".."5" before
+    renormalisation, so that `off_scale` = 1 - their sum; `entropy` in nats, of the renormalised distribution;
+    `reply` what the rater wrote.
     """
 
     rating: float | None = None
+    unrated: str | None = None
     rating_dist: tuple[float, ...] = ()
     off_scale: float | None = None
     entropy: float | None = None

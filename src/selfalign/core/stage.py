@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from selfalign.core.errors import InternalError
 from selfalign.core.frozen import Frozen
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from selfalign.core.store import Artifact, Manifest
 
 R = TypeVar("R", bound=Record)
+
+Settings = Mapping[str, Frozen | JsonValue]
+
+
+class Resources(Frozen):
+    """What a step's workers get, and how many there are. Only a cluster obeys it; this process is one worker."""
+
+    cpus: float = Field(1, gt=0)
+    gpus: float = Field(0, ge=0)
+    workers: int = Field(2, gt=0)
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ class Stage(ABC):
     version: ClassVar[int] = 1
     seeded: ClassVar[bool] = False
 
-    def settings(self) -> Mapping[str, Frozen | JsonValue]:
+    def settings(self) -> Settings:
         """What identity counts, beside the inputs. Gates are left out: they decide no bytes."""
         return {}
 
@@ -136,7 +146,7 @@ class WholeStage(Stage):
 
     record: ClassVar[type[Record]]
     output: ClassVar[type[Record]]
-    shard_rows: int = 512
+    shard_rows: int = field(default=512, kw_only=True)
 
     @abstractmethod
     def run(self, rows: Sequence[Any], context: Context) -> Iterable[Outcome]:
@@ -173,7 +183,8 @@ class BuildStage(Stage):
 class Step:
     """A stage in its place: `name` is `section.verb` or `section.verb@round`, `arm` is None for the main one.
 
-    `inputs` decide its identity. `after` only orders it, and carries a stop or a failed gate to it.
+    `inputs` decide its identity. `after` only orders it, and carries a stop or a failed gate to it, and `resources`
+    says what its workers get.
     """
 
     name: str
@@ -182,6 +193,7 @@ class Step:
     seed: int
     arm: str | None = None
     after: tuple["Step", ...] = ()
+    resources: Resources = field(default_factory=Resources)
 
     @property
     def section(self) -> str:

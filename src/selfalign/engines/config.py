@@ -2,24 +2,45 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from selfalign.core.frozen import Frozen
+from selfalign.core.errors import UsageError
+from selfalign.core.frozen import Frozen, RecipePath
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 class ModelConfig(Frozen):
     """A base model and how it is loaded."""
 
-    path: str = Field(description="a folder, or a Hub name")
+    path: Annotated[str, RecipePath] = Field(description="a folder, or a Hub name")
     revision: str | None = Field(None, description="a commit, tag or branch of a Hub name")
-    chat_template: str | None = Field(None, description="a file, or one of ours: plain, chatml")
+    chat_template: Annotated[str | None, RecipePath("plain", "chatml")] = Field(
+        None, description="a file, or one of ours: plain, chatml"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantisation: Literal["nf4", "int8"] | None = None
     engine: Literal["transformers", "scripted"] = "transformers"
     slots: PositiveInt = Field(16, description="sequences in one batch")
     threads: PositiveInt = Field(1, description="CPU threads; they decide the last bits of a sum")
+
+    def loading(self) -> dict[str, str | int | None]:
+        """How the model is run, for identity: the template by its text, the model itself by its digest elsewhere."""
+        template = None if self.chat_template is None else template_text(self.chat_template)
+        return {**self.model_dump(exclude={"path", "revision"}), "chat_template": template}
+
+
+def template_text(name: str) -> str:
+    """The chat template called `name`: a file, or one of ours without its ending."""
+    ours = TEMPLATES / f"{name}.jinja"
+    path = ours if ours.is_file() else Path(name)
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
+        raise UsageError(f"model.chat_template: no file {name!r}; name a file, or one of ours: {known}") from error
 
 
 def has_accelerator() -> bool:

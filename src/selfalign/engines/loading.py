@@ -1,27 +1,14 @@
 """Load a base model and its tokenizer: the one place where weights enter a process."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign.core.errors import MismatchError, ServiceError, UsageError
-from selfalign.engines.config import ModelConfig
+from selfalign.core.errors import MismatchError, UsageError
+from selfalign.core.hub import explained, hub_errors
+from selfalign.engines.config import ModelConfig, template_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-TEMPLATES = Path(__file__).parent / "templates"
-
-
-def template_text(name: str) -> str:
-    """The chat template called `name`: a file, or one of ours without its ending."""
-    ours = TEMPLATES / f"{name}.jinja"
-    path = ours if ours.is_file() else Path(name)
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
-        raise UsageError(f"model.chat_template: no file {name!r}; name a file, or one of ours: {known}") from error
 
 
 def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
@@ -65,7 +52,13 @@ def load_model(config: ModelConfig) -> "PreTrainedModel":
         extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _fetch(AutoModelForCausalLM, config, dtype=dtype, device_map={"": device}, **extra)
-    return model.eval()  # type: ignore[no-any-return]
+    if device == "cpu":
+        for module in model.modules():
+            # bitsandbytes repacks NF4 weights for bfloat16 CPUs on first use, and loses bits when a later look at the
+            # weights (loading an adapter is one) packs them back: the same prompt then scores differently.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    return model.eval()
 
 
 def _fetch(auto_class: Any, config: ModelConfig, **extra: Any) -> Any:
@@ -76,33 +69,5 @@ def _fetch(auto_class: Any, config: ModelConfig, **extra: Any) -> Any:
         return auto_class.from_pretrained(
             config.path, revision=None if local else config.revision, local_files_only=local, **extra
         )
-    except OSError as error:
-        raise _explained(config.path, error) from error
-
-
-def _explained(name: str, error: OSError) -> UsageError | ServiceError:
-    """One sentence for each way in which the Hub says no."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    found = {type(e) for e in chain}
-    if any(issubclass(t, GatedRepoError) for t in found):
-        how = "accept its licence on the Hub" if os.environ.get("HF_TOKEN") else "set HF_TOKEN"
-        return UsageError(f"{name} is gated on the Hub: {how}, or point model.path at a local folder")
-    if any(issubclass(t, RepositoryNotFoundError) for t in found):
-        return UsageError(f"{name} is neither a folder nor a model on the Hub (or it is private: set HF_TOKEN)")
-    if any(issubclass(t, (OfflineModeIsEnabled, LocalEntryNotFoundError)) for t in found):
-        return ServiceError(
-            f"{name} is not in the local cache and the Hub cannot be reached; check the network and "
-            "HF_HUB_OFFLINE, or point model.path at a local folder"
-        )
-    return UsageError(f"{name} cannot be loaded: {error}")
+    except hub_errors() as error:
+        raise explained(config.path, error, "model.path") from error

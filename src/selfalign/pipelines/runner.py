@@ -18,7 +18,7 @@ from selfalign.core.ledger import Ledger, total
 from selfalign.core.protocols import Backend, MapJob
 from selfalign.core.records import Record
 from selfalign.core.shards import ShardReport, input_rows, shard_ledger
-from selfalign.core.stage import BuildStage, Context, External, MapStage, Step, WholeStage
+from selfalign.core.stage import BuildStage, Context, External, MapStage, Stage, Step, WholeStage
 from selfalign.core.store import (
     Artifact,
     Manifest,
@@ -78,8 +78,8 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
                 visit(parent)
             ordered[step.key] = step
 
-    gates = {parent.key for step in steps for parent in step.after}
-    for step in [s for s in steps if s.key in gates] + list(steps):
+    gates = [step for step in steps if type(step.stage).check is not Stage.check]
+    for step in [*gates, *steps]:
         visit(step)
     return list(ordered.values())
 
@@ -202,7 +202,7 @@ class Runner:
             self.listener.shard_done(step, report)
 
         if todo:
-            self.backend.map(MapJob(stage, context, artifact, sources, todo), done)
+            self.backend.map(MapJob(stage, context, artifact, sources, todo, step.resources), done)
         ledger = total(shard_ledger(stage, input_rows(stage, source), artifact, n) for n, source in enumerate(sources))
         return self._finish(step, artifact, ledger, [p.name for p in artifact.shards()])
 
@@ -243,7 +243,7 @@ class Runner:
 
         draft = artifact.folder / f"draft-{owner.token}"
         draft.mkdir()
-        built = self.backend.build(stage, context, draft, log)
+        built = self.backend.build(stage, context, draft, log, step.resources)
         if not commit_folder(draft, artifact.files):
             raise LeaseHeldError(f"{artifact.name}: somebody else took over and committed it; run again to use it")
         self._measure(artifact, {"tokens": built.tokens, "seconds": time.monotonic() - started})

@@ -1,0 +1,238 @@
+"""The command line: the verbs people type, each a few lines over the room that does the work."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from selfalign import __version__
+from selfalign.core.errors import SelfalignError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from selfalign.pipelines.runner import Listener
+
+Arguments = argparse.Namespace
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; the exit code says what came of it (see docs/reference.md)."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(list(argv))
+    verb: Callable[[Arguments], int] | None = getattr(arguments, "verb", None)
+    if verb is None:
+        parser.print_help()
+        return 2
+    stray = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
+    if stray:
+        parser.error(f"unrecognised: {' '.join(stray)} (settings have the form key.sub=value)")
+    if rest:
+        # argparse takes settings only where they stand together; people put them anywhere.
+        arguments.overrides = [*arguments.overrides, *rest]
+    try:
+        return verb(arguments)
+    except SelfalignError as error:
+        print(f"selfalign: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("selfalign: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has seen enough (`| head`).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"selfalign: {error}", file=sys.stderr)
+        return 74
+    except Exception:  # noqa: BLE001  the last stop: a bug is told as one, with its trace
+        traceback.print_exc()
+        print("selfalign: this is a bug; please report the lines above", file=sys.stderr)
+        return 70
+
+
+def run(arguments: Arguments) -> int:
+    """Everything, resumable, with progress."""
+    from selfalign.pipelines.session import Session
+
+    with _listener(arguments.json) as listener:
+        session = Session.open(Path(arguments.recipe), arguments.overrides, _folder(arguments))
+        session.run(listener, arguments.backend, arguments.only, arguments.round, wait=not arguments.no_wait)
+    return _summary(session.root, arguments.json)
+
+
+def plan(arguments: Arguments) -> int:
+    """What `run` would do."""
+    from rich.console import Console
+
+    from selfalign.pipelines.session import Session
+
+    session = Session.open(Path(arguments.recipe), arguments.overrides, _folder(arguments))
+    steps = session.plan()
+    if arguments.json:
+        print(json.dumps({"run": str(session.root), "steps": steps}, indent=1))
+        return 0
+    console = Console()
+    for step in steps:
+        rows = "" if step["rows"] is None else f"{step['rows']} rows"
+        arm = f" [{step['arm']}]" if step["arm"] else ""
+        console.print(f"{step['name'] + arm:40} {step['state']:8} {rows}", highlight=False, markup=False)
+    todo = sum(step["state"] == "to run" for step in steps)
+    console.print(f"{len(steps) - todo} steps reused, {todo} to run, in {session.root}", highlight=False)
+    return 0
+
+
+def status(arguments: Arguments) -> int:
+    """The steps of a run and what was measured."""
+    return _summary(Path(arguments.run), arguments.json, steps=True)
+
+
+def show(arguments: Arguments) -> int:
+    """Pairs, ratings and replies to read."""
+    from selfalign.report.run import RunView
+    from selfalign.report.show import render, shown
+
+    sample = shown(
+        RunView.open(Path(arguments.run)), arguments.pairs, arguments.high, arguments.low, arguments.responses
+    )
+    print(json.dumps(sample, indent=1, ensure_ascii=False) if arguments.json else render(sample))
+    return 0
+
+
+def generate(arguments: Arguments) -> int:
+    """Ask a trained model."""
+    from selfalign.report.ask import ask
+
+    prompts = [arguments.prompt] if arguments.prompt is not None else Path(arguments.file).read_text().splitlines()
+    replies = ask(arguments.model, prompts, arguments.max_new_tokens, arguments.temperature, arguments.seed)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        print(json.dumps({"prompt": prompt, "response": reply}, ensure_ascii=False) if arguments.json else reply)
+    return 0
+
+
+def demo(arguments: Arguments) -> int:
+    """The demo world's base model."""
+    from selfalign.demo.base import base_folder, build_base
+
+    if arguments.what == "base":
+        print(base_folder())
+        return 0
+    if arguments.folder is None:
+        raise UsageError("selfalign demo build-base needs a folder to write to")
+    build_base(Path(arguments.folder), print)
+    return 0
+
+
+def _folder(arguments: Arguments) -> Path | None:
+    return Path(arguments.run) if arguments.run else None
+
+
+def _summary(root: Path, as_json: bool, steps: bool = False) -> int:
+    from rich.console import Console
+
+    from selfalign.report.run import RunView
+    from selfalign.report.status import figures, results_table, status, steps_table
+
+    view = RunView.open(root)
+    if as_json:
+        print(json.dumps(status(view), indent=1))
+        return 0
+    console = Console()
+    if steps:
+        console.print(steps_table(view))
+    for line in figures(view):
+        console.print(line, highlight=False)
+    if (table := results_table(view)) is not None:
+        console.print(table)
+    model = view.final_model()
+    console.print(f"run: {root}" + ("" if view.complete else " (not complete)"), highlight=False)
+    if model is not None:
+        console.print(f"final model: {model.files}\ncurated data: {view.curated()}", highlight=False, soft_wrap=True)
+        console.print(f"read it: selfalign show {root}", highlight=False)
+    return 0
+
+
+@contextmanager
+def _listener(as_json: bool) -> "Iterator[Listener]":
+    """Bars for people, JSON lines for logs; what the rooms log is said through it too."""
+    from rich.console import Console
+
+    from selfalign.progress import Bars, JsonLines
+
+    console = Console(stderr=True)
+    with JsonLines() if as_json or not console.is_terminal else Bars(console) as listener:
+        handler = _Notes(listener)
+        logger = logging.getLogger("selfalign")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        try:
+            yield listener
+        finally:
+            logger.removeHandler(handler)
+
+
+class _Notes(logging.Handler):
+    def __init__(self, listener: "Listener") -> None:
+        super().__init__()
+        self._listener = listener
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._listener.note(record.getMessage())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "selfalign", description="Instruction backtranslation, from seed pairs to a model."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+
+    def verb(name: str, function: Callable[[Arguments], int], example: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(
+            name, help=function.__doc__, description=function.__doc__, epilog=f"example: {example}"
+        )
+        added.set_defaults(verb=function)
+        added.add_argument("--json", action="store_true", help="for programs")
+        return added
+
+    for name, function, example in (
+        ("run", run, "selfalign run recipes/demo.yaml seed=1 --run runs/demo-1"),
+        ("plan", plan, "selfalign plan recipes/demo.yaml curate.threshold=3"),
+    ):
+        made = verb(name, function, example)
+        made.add_argument("recipe", metavar="RECIPE")
+        made.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="settings over the recipe's")
+        made.add_argument("--run", metavar="DIR", help="the run folder (default: runs/NAME)")
+        if function is run:
+            made.add_argument("--only", metavar="SECTION", help="the steps of one section, such as curate")
+            made.add_argument("--round", type=int, metavar="K", help="the steps of one round")
+            made.add_argument("--backend", choices=("local", "ray"), help="default: ray inside a Ray job, else local")
+            made.add_argument("--no-wait", action="store_true", help="exit 4 where somebody else trains the same model")
+    verb("status", status, "selfalign status runs/demo --json").add_argument("run", metavar="DIR")
+    shower = verb("show", show, "selfalign show runs/demo --pairs 3")
+    shower.add_argument("run", metavar="DIR")
+    for what in ("pairs", "high", "low", "responses"):
+        shower.add_argument(f"--{what}", type=int, default=5, metavar="N")
+    asker = verb("generate", generate, 'selfalign generate runs/demo --prompt "What is the capital of Vage?"')
+    asker.add_argument("model", metavar="MODEL", help="a model's or an adapter's folder, or a run's (its last model)")
+    source = asker.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT")
+    source.add_argument("--file", metavar="FILE", help="a prompt a line")
+    asker.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    asker.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    asker.add_argument("--seed", type=int, default=0)
+    demos = verb("demo", demo, "selfalign demo base")
+    demos.add_argument("what", choices=("base", "build-base"), help="print the base's folder, or train it anew")
+    demos.add_argument("folder", nargs="?", metavar="DIR")
+    return parser

@@ -1,0 +1,209 @@
+"""Instruction backtranslation (arXiv 2308.06259) as a list of steps: rounds and arms unrolled, nothing run yet."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from selfalign.core.errors import RecipeError
+from selfalign.core.stage import External, Resources, Stage, Step
+from selfalign.engines.config import ModelConfig
+from selfalign.pipelines.externals import Externals
+from selfalign.recipe import Loaded, Recipe
+from selfalign.stages.augment import Filter, Generate
+from selfalign.stages.compose import ComposeBackward, ComposeForward
+from selfalign.stages.curate.calibrate import Calibrate
+from selfalign.stages.curate.rate import Rate
+from selfalign.stages.curate.select import KeepAll, Select
+from selfalign.stages.evaluate import Direction, Evaluate
+from selfalign.stages.prepare import PickCorpus, PickSeed, ReadCorpus, ReadSeed
+from selfalign.stages.train import Train
+from selfalign.training.config import TrainConfig, refuse_contradictions
+
+Source = Step | External
+
+
+def steps(loaded: Loaded, externals: Externals) -> list[Step]:
+    """The steps of the recipe and of all its arms. A step that an arm shares with an earlier one stands once."""
+    recipes: dict[str | None, Recipe] = {None: loaded.recipe}
+    recipes.update(loaded.arms)
+    built: dict[str | None, _Arm] = {}
+    shared: dict[tuple[str, str], Step] = {}
+    for name in _by_reference(recipes):
+        built[name] = _Arm(name, recipes[name], externals, built, shared)
+        built[name].unroll()
+    return list(shared.values())
+
+
+def _by_reference(recipes: Mapping[str | None, Recipe]) -> list[str | None]:
+    """Arms after the ones that they refer to."""
+    ordered: list[str | None] = []
+
+    def visit(name: str | None, above: tuple[str | None, ...]) -> None:
+        if name in ordered:
+            return
+        if name in above:
+            raise RecipeError(f"arms: {name} refers to itself through {' and '.join(str(a) for a in above)}")
+        recipe = recipes[name]
+        for key, wanted in (
+            ("curate.match_size", recipe.curate.match_size),
+            ("forward.match_exposure", recipe.forward.match_exposure),
+        ):
+            if wanted is not None:
+                if _arm(wanted) not in recipes:
+                    known = ", ".join(["main", *(str(r) for r in recipes if r)])
+                    raise RecipeError(f"arms: {key} names the arm {wanted!r}; there are {known}")
+                visit(_arm(wanted), (*above, name))
+        ordered.append(name)
+
+    for name in recipes:
+        visit(name, ())
+    return ordered
+
+
+def _arm(name: str) -> str | None:
+    return None if name == "main" else name
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model that steps can talk to: how its base is loaded, and the inputs that provide it."""
+
+    config: ModelConfig
+    inputs: Mapping[str, Source]
+
+
+class _Arm:
+    """Unrolls one recipe."""
+
+    def __init__(
+        self,
+        name: str | None,
+        recipe: Recipe,
+        externals: Externals,
+        others: Mapping[str | None, "_Arm"],
+        shared: dict[tuple[str, str], Step],
+    ) -> None:
+        self.name, self.recipe, self.externals, self.others = name, recipe, externals, others
+        self.steps: dict[str, Step] = {}
+        self._shared = shared
+        config, base = externals.model(recipe.model, "model.path")
+        self.base = _Model(config, {"model": base})
+
+    def add(self, name: str, stage: Stage, inputs: Mapping[str, Source], after: tuple[Step, ...] = ()) -> Step:
+        """The step, which may be one that another arm has made already."""
+        resources: Resources = getattr(self.recipe.resources, name.split(".")[0])
+        step = Step(name, stage, inputs, self.recipe.seed, self.name, after, resources)
+        self.steps[name] = self._shared.setdefault((name, step.identity), step)
+        return self.steps[name]
+
+    def unroll(self) -> None:
+        """All steps, in the order in which people read them."""
+        recipe = self.recipe
+        refuse_contradictions(recipe.backward, self.base.config)
+        refuse_contradictions(recipe.forward, self.base.config)
+        self.seed, self.corpus = self.prepare()
+        backward = self.backward()
+        generate = Generate(recipe.augment, self.base.config)
+        augmented = self.add("augment.generate", generate, {"rows": self.corpus, **backward.inputs})
+        self.filtered = self.add("augment.filter", Filter(config=recipe.augment), {"rows": augmented})
+        self.measured_base = self.evaluate("evaluate.base", self.base, "forward", {})
+        model = self.base
+        before: Step | None = None
+        if recipe.curate.rater.model == "previous" and recipe.curate.keep == "rated":
+            model = self.train_forward(0, None)
+            before = self.evaluate("evaluate.forward@0", model, "forward", {"base": self.measured_base})
+        for k in range(1, recipe.rounds + 1):
+            model, before = self.round(k, model, before)
+
+    def prepare(self) -> tuple[Step, Step]:
+        """Seed pairs and documents."""
+        prepare = self.recipe.prepare
+        seed_files = self.externals.source(prepare.seed, "prepare.seed")
+        read = self.add("prepare.read_seed", ReadSeed(prepare.seed), {"rows": seed_files})
+        seed = self.add("prepare.pick_seed", PickSeed(config=prepare.seed), {"rows": read})
+        corpus_files = self.externals.source(prepare.corpus, "prepare.corpus")
+        read = self.add("prepare.read_corpus", ReadCorpus(prepare.corpus), {"rows": corpus_files})
+        return seed, self.add("prepare.pick_corpus", PickCorpus(config=prepare.corpus), {"rows": read})
+
+    def backward(self) -> _Model:
+        """The backward model, measured beside the base."""
+        compose = ComposeBackward(augment=self.recipe.augment)
+        composed = self.add("backward.compose", compose, {"rows": self.seed}, after=(self.seed,))
+        model = self.train("backward.train", self.recipe.backward, {"rows": composed})
+        base = self.evaluate("evaluate.base_backward", self.base, "backward", {})
+        self.evaluate("evaluate.backward", model, "backward", {"base": base})
+        return model
+
+    def round(self, k: int, previous: _Model, before: Step | None) -> tuple[_Model, Step]:
+        """Rate with the model before, keep the good pairs, train the next model and measure it."""
+        recipe = self.recipe
+        # A round begins where the one before did not stop.
+        after = (before,) if before is not None and recipe.evaluate.min_gain is not None and k > 1 else ()
+        if recipe.curate.keep == "all":
+            inputs = {"rows": self.filtered, **self.match("curate.select", recipe.curate.match_size, k)}
+            selected = self.add(f"curate.select@{k}", KeepAll(), inputs, after)
+        else:
+            rater = self.rater(previous)
+            calibrate = Calibrate(recipe.curate, rater.config)
+            gate = self.add(f"curate.calibrate@{k}", calibrate, {"seed": self.seed, **rater.inputs}, after)
+            rate = Rate(recipe.curate, rater.config)
+            rated = self.add(f"curate.rate@{k}", rate, {"rows": self.filtered, **rater.inputs}, (gate,))
+            inputs = {"rows": rated, **self.match("curate.select", recipe.curate.match_size, k)}
+            selected = self.add(f"curate.select@{k}", Select(config=recipe.curate), inputs)
+        model = self.train_forward(k, selected)
+        links: dict[str, Source] = {"base": self.measured_base}
+        if before is not None and recipe.evaluate.min_gain is not None:
+            links["before"] = before
+        return model, self.evaluate(f"evaluate.forward@{k}", model, "forward", links)
+
+    def rater(self, previous: _Model) -> _Model:
+        """Who rates."""
+        rater = self.recipe.curate.rater
+        if rater.model == "previous":
+            return previous
+        if rater.model == "base":
+            return self.base
+        named = self.recipe.model.model_copy(
+            update={"path": rater.model, "revision": rater.revision, "chat_template": rater.chat_template}
+        )
+        config, external = self.externals.model(named, "curate.rater.model")
+        return _Model(config, {"model": external})
+
+    def train_forward(self, k: int, selected: Step | None) -> _Model:
+        """Compose and train M_k."""
+        config = self.recipe.forward
+        inputs: dict[str, Source] = {"rows": self.seed}
+        if selected is not None:
+            inputs["curated"] = selected
+        if config.rating_replay is not None:
+            inputs["replay"] = self.externals.file(config.rating_replay.path, "forward.rating_replay.path")
+        compose = ComposeForward(config=config, curate=self.recipe.curate)
+        composed = self.add(f"forward.compose@{k}", compose, inputs, tuple(filter(None, [self.seed, selected])))
+        match = self.match("forward.compose", config.match_exposure, k) if k else {}
+        return self.train(f"forward.train@{k}", config.training(k), {"rows": composed, **match})
+
+    def train(self, name: str, config: TrainConfig, inputs: Mapping[str, Source]) -> _Model:
+        """Train from the base: an adapter goes on top of it, all weights replace it."""
+        trained = self.add(name, Train(config, self.base.config), {**inputs, **self.base.inputs})
+        if config.lora_r is None:
+            return _Model(self.base.config, {"model": trained})
+        return _Model(self.base.config, {**self.base.inputs, "adapter": trained})
+
+    def match(self, section: str, arm: str | None, k: int) -> dict[str, Source]:
+        """The same step of the arm that this one is matched to."""
+        if arm is None:
+            return {}
+        found = self.others[_arm(arm)].steps.get(f"{section}@{k}")
+        if found is None:
+            raise RecipeError(f"arms: {self.name} is matched to {arm}, which has no round {k}")
+        return {"match": found}
+
+    def evaluate(self, name: str, model: _Model, direction: Direction, links: Mapping[str, Source]) -> Step:
+        """Measure a model."""
+        config = self.recipe.evaluate
+        inputs: dict[str, Source] = {"seed": self.seed, **model.inputs, **links}
+        key = f"{direction}_questions"
+        if (path := getattr(config, key)) is not None:
+            inputs["questions"] = self.externals.file(path, f"evaluate.{key}")
+        template = self.recipe.augment.prompt() if direction == "backward" else "{response}"
+        stage = Evaluate(config, model.config, direction, template, may_stop="before" in links)
+        return self.add(name, stage, inputs)

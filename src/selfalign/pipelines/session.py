@@ -1,0 +1,113 @@
+"""One invocation on one run folder: the recipe resolved, its steps made, and run or planned."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from selfalign.core.errors import UsageError
+from selfalign.core.protocols import Backend
+from selfalign.core.stage import External, Step
+from selfalign.core.store import Store, replace
+from selfalign.engines.config import ModelConfig
+from selfalign.engines.open import release
+from selfalign.pipelines.backtranslate import steps
+from selfalign.pipelines.externals import Externals
+from selfalign.pipelines.runner import Listener, Runner, Silent
+from selfalign.recipe import Recipe, load
+
+
+class Planned(TypedDict):
+    """A line of `selfalign plan`. `rows` of its main input, where that is known already."""
+
+    name: str
+    arm: str | None
+    state: str
+    rows: int | None
+
+
+@dataclass(frozen=True)
+class Session:
+    """See the module."""
+
+    root: Path
+    recipe: Recipe
+    steps: Sequence[Step]
+    externals: Externals
+
+    @staticmethod
+    def open(path: Path, overrides: Sequence[str], root: Path | None) -> "Session":
+        """Resolve a recipe against its run folder, where the Hub names that it pinned before are kept."""
+        loaded = load(path, overrides)
+        root = root or Path("runs") / loaded.recipe.name
+        externals = Externals(_kept(root / "pinned.json"), _kept(root / "digests.json"))
+        return Session(root, loaded.recipe, steps(loaded, externals), externals)
+
+    def run(
+        self, listener: Listener, backend: str | None, only: str | None, round: int | None, wait: bool = True
+    ) -> None:
+        """Run the wanted steps."""
+        sections = sorted({step.section for step in self.steps})
+        if only is not None and only not in sections:
+            raise UsageError(f"--only {only}: there is no such section; this recipe has {', '.join(sections)}")
+        self.root.mkdir(parents=True, exist_ok=True)
+        replace(self.root / "recipe.json", self.recipe.model_dump_json(indent=1).encode())
+        replace(self.root / "pinned.json", json.dumps(self.externals.pinned, indent=1).encode())
+        replace(self.root / "digests.json", json.dumps(self.externals.digests).encode())
+        chosen = _backend(backend)
+        runner = Runner(self.steps, Store(self.root.resolve()), chosen, listener, wait)
+        if any(runner.artifact(step).manifest() is None for step in self.steps):
+            self._check_models()
+        try:
+            runner.run(lambda step: only in (None, step.section) and round in (None, step.round))
+        finally:
+            release()
+            chosen.close()
+
+    def plan(self) -> list[Planned]:
+        """Each step with what would happen to it."""
+        runner = Runner(self.steps, Store(self.root.resolve()), _backend("local"), Silent())
+        planned = []
+        for step in runner.steps:
+            source = step.inputs.get("rows")
+            rows: int | None = None
+            if isinstance(source, External):
+                rows = sum(getattr(row, "rows", 1) for row in source.rows)
+            elif source is not None and (manifest := runner.artifact(source).manifest()) is not None:
+                kept = manifest.ledger["kept"]
+                rows = kept if isinstance(kept, int) else None
+            state = "reused" if runner.artifact(step).manifest() is not None else "to run"
+            planned.append(Planned(name=step.name, arm=step.arm, state=state, rows=rows))
+        return planned
+
+    def _check_models(self) -> None:
+        """Load every tokenizer: a missing model, a gated one or one without a template is told before time is spent."""
+        from selfalign.engines.loading import load_tokenizer
+
+        models: set[ModelConfig] = {model for s in self.steps if (model := getattr(s.stage, "model", None)) is not None}
+        for model in sorted(models, key=str):
+            if model.engine == "transformers":
+                load_tokenizer(model)
+
+
+def _kept(path: Path) -> dict[str, str]:
+    try:
+        kept = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged; delete it to look its entries up again") from error
+    return {str(key): str(value) for key, value in kept.items()}
+
+
+def _backend(name: str | None) -> Backend:
+    """Ray where it was asked for, or where we run under it already; this process otherwise."""
+    if name == "ray" or (name is None and (os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))):
+        from selfalign.backends.ray import RayBackend
+
+        return RayBackend()
+    from selfalign.backends.local import LocalBackend
+
+    return LocalBackend()

@@ -1,0 +1,71 @@
+"""A recipe: the sections' configurations as one document, and its arms."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
+
+from selfalign.core import yaml_config
+from selfalign.core.frozen import Frozen
+from selfalign.core.stage import Resources
+from selfalign.engines.config import ModelConfig
+from selfalign.stages.augment import AugmentConfig
+from selfalign.stages.curate.config import CurateConfig
+from selfalign.stages.evaluate import EvaluateConfig
+from selfalign.stages.prepare import PrepareConfig
+from selfalign.stages.train import BackwardConfig, ForwardConfig
+
+
+class ResourcesConfig(Frozen):
+    """What each section's workers get. The one section that identity leaves out."""
+
+    prepare: Resources = Resources()
+    backward: Resources = Resources()
+    augment: Resources = Resources()
+    curate: Resources = Resources()
+    forward: Resources = Resources()
+    evaluate: Resources = Resources()
+
+
+class Recipe(Frozen):
+    """The whole truth of a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: NonNegativeInt = 0
+    model: ModelConfig
+    prepare: PrepareConfig
+    backward: BackwardConfig = BackwardConfig()
+    augment: AugmentConfig = AugmentConfig()
+    curate: CurateConfig = CurateConfig()
+    forward: ForwardConfig = ForwardConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    rounds: PositiveInt = 1
+    arms: Mapping[str, Mapping[str, JsonValue]] = Field({}, description="name: overrides of the keys above")
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _arm_names(self) -> "Recipe":
+        if "main" in self.arms:
+            raise ValueError("arms: main is the recipe itself; give the arm another name")
+        return self
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe and its arms, resolved. `arms` holds a whole recipe a name, with the arm's overrides applied."""
+
+    recipe: Recipe
+    arms: Mapping[str, Recipe]
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Read a recipe with overrides. Raises RecipeError that names file, line, key and the nearest valid key."""
+    document = yaml_config.override(yaml_config.read(path), overrides)
+    recipe = yaml_config.validate(document, Recipe)
+    arms = {}
+    for name, settings in recipe.arms.items():
+        # An arm shows an effect in its first round, unless it says otherwise.
+        first = yaml_config.apply(document, {"rounds": 1})
+        arms[name] = yaml_config.validate(yaml_config.apply(first, settings, at=("arms", name)), Recipe)
+    return Loaded(recipe, arms)

@@ -1,0 +1,103 @@
+"""Read a run folder: its steps, their ledgers and metrics. Writes nothing."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from selfalign.core.errors import UsageError
+from selfalign.core.lease import anyone_present
+from selfalign.core.records import Dropped, Record
+from selfalign.core.store import Artifact, Manifest
+from selfalign.core.tables import read_outcomes
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class StepView:
+    """A step as run.json and its artifact show it."""
+
+    name: str
+    arm: str | None
+    state: str
+    message: str | None
+    artifact: Artifact
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """None while it is incomplete."""
+        return self.artifact.manifest()
+
+    @property
+    def title(self) -> str:
+        """Name and arm."""
+        return self.name if self.arm is None else f"{self.name} [{self.arm}]"
+
+    def outcomes(self, record: type[R]) -> Iterator[R | Dropped]:
+        """All rows, the dropped ones too."""
+        for shard in self.artifact.shards():
+            yield from read_outcomes(shard, record)
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a JSONL file among its files."""
+        path = self.artifact.files / name
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run folder."""
+
+    root: Path
+    document: Mapping[str, Any]
+
+    @staticmethod
+    def open(root: Path) -> "RunView":
+        """Raises UsageError where there is no run."""
+        path = root / "run.json"
+        try:
+            return RunView(root, json.loads(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{root} holds no run (no readable run.json); name a folder made by selfalign run"
+            ) from error
+
+    @cached_property
+    def steps(self) -> list[StepView]:
+        """In the order in which they run."""
+        alive = anyone_present(self.root / "drivers")
+        found = []
+        for step in self.document["steps"]:
+            folder = self.root / "artifacts" / step["artifact"]
+            # A driver that was killed cannot say so.
+            state = "waiting" if step["state"] == "running" and not alive else step["state"]
+            identity = step["artifact"].rpartition("-")[2]
+            found.append(StepView(step["name"], step["arm"], state, step["message"], Artifact(folder, identity)))
+        return found
+
+    def step(self, name: str, arm: str | None = None) -> StepView | None:
+        """The step of that name, done or not."""
+        return next((step for step in self.steps if (step.name, step.arm) == (name, arm)), None)
+
+    def rounds(self, name: str) -> list[StepView]:
+        """The main arm's steps `name@0`, `name@1`, … that are done."""
+        steps = [s for s in self.steps if s.name.startswith(f"{name}@") and s.arm is None and s.state == "done"]
+        return sorted(steps, key=lambda step: int(step.name.rpartition("@")[2]))
+
+    @property
+    def complete(self) -> bool:
+        """Every step is done, or skipped because the rounds were stopped."""
+        return all(step.state in ("done", "skipped") for step in self.steps)
+
+    def final_model(self) -> Artifact | None:
+        """The last forward model of the main arm."""
+        trained = self.rounds("forward.train")
+        return trained[-1].artifact if trained else None
+
+    def curated(self) -> Path | None:
+        """The folder of the last curated pairs of the main arm."""
+        selected = self.rounds("curate.select")
+        return selected[-1].artifact.folder if selected else None

@@ -1,0 +1,156 @@
+"""`selfalign status`: the steps, their ledgers, and what was measured. The JSON form is a contract."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import JsonValue
+from rich.table import Table
+
+from selfalign.report.run import RunView, StepView
+
+
+def status(run: RunView) -> dict[str, JsonValue]:
+    """The document that `selfalign status --json` prints.
+
+    `sha256` of an artifact is over its content alone, so that two undisturbed runs of one recipe print the same.
+    """
+    artifacts: dict[str, JsonValue] = {
+        step.artifact.name: {
+            "name": step.artifact.name,
+            "identity": step.artifact.identity,
+            "sha256": step.manifest.sha256,
+        }
+        for step in run.steps
+        if step.manifest is not None
+    }
+    return {
+        "run": str(run.root),
+        "complete": run.complete,
+        "steps": [_step(step) for step in run.steps],
+        "artifacts": list(artifacts.values()),
+        "metrics": metrics(run),
+    }
+
+
+def _step(step: StepView) -> dict[str, JsonValue]:
+    manifest = step.manifest
+    ledger: Mapping[str, JsonValue] = manifest.ledger if manifest else {}
+    return {
+        "name": step.name,
+        "arm": step.arm,
+        "state": step.state,
+        **{key: ledger.get(key) for key in ("sources", "in", "kept", "rejected", "quarantined")},
+        "seconds": manifest.seconds if manifest else None,
+        "tokens": manifest.tokens if manifest else None,
+        "message": step.message,
+    }
+
+
+def metrics(run: RunView) -> dict[str, JsonValue]:
+    """What the run measured: each figure, and under the same name with `_ci` its 95% interval."""
+    found: dict[str, JsonValue] = {}
+    for name, step in (("backward", "evaluate.backward"), ("backward_base", "evaluate.base_backward")):
+        measured = _metrics(run.step(step))
+        if measured.get("exact_match"):
+            found[f"{name}_exact_match"] = measured["exact_match"]["share"]
+            found[f"{name}_exact_match_ci"] = measured["exact_match"]["ci"]
+        if measured:
+            found[f"{name}_held_out_loss"] = measured["held_out"]["nats_per_token"]
+            found[f"{name}_held_out_loss_ci"] = measured["held_out"]["ci"]
+    for calibration in run.rounds("curate.calibrate")[:1]:
+        measured = _metrics(calibration)
+        found |= {"rater_auc": measured["auc"], "rater_auc_ci": measured.get("auc_ci")}
+        found["rater_auc_by_kind"] = measured.get("auc_by_kind")
+    table: dict[str, dict[str, JsonValue]] = {}
+    for model, measured in measurements(run):
+        if measured.get("exact_match"):
+            table.setdefault("accuracy", {})[model] = measured["exact_match"]["share"]
+            table.setdefault("accuracy_ci", {})[model] = measured["exact_match"]["ci"]
+        table.setdefault("held_out_loss", {})[model] = measured["held_out"]["nats_per_token"]
+        table.setdefault("held_out_loss_ci", {})[model] = measured["held_out"]["ci"]
+        if measured.get("against_base"):
+            table.setdefault("against_base", {})[model] = measured["against_base"]
+    found.update(table)
+    return found
+
+
+def measurements(run: RunView) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What was measured of each forward model: `base`, the arms by name (with the round, above 1), M0, M1, …"""
+    for step in run.steps:
+        if step.name == "evaluate.base":
+            model = "base"
+        elif step.name.startswith("evaluate.forward@"):
+            k = step.name.rpartition("@")[2]
+            model = f"M{k}" if step.arm is None else step.arm if k == "1" else f"{step.arm} M{k}"
+        else:
+            continue
+        if measured := _metrics(step):
+            yield model, measured
+
+
+def _metrics(step: StepView | None) -> dict[str, Any]:
+    return dict(step.manifest.metrics) if step and step.manifest and step.state == "done" else {}
+
+
+def steps_table(run: RunView) -> Table:
+    """The ledger as people read it."""
+    table = Table(
+        "step", "state", "in", "kept", "dropped", "tokens", "seconds", title=str(run.root), title_justify="left"
+    )
+    for column in table.columns[2:4] + table.columns[5:]:
+        column.justify = "right"
+    for step in run.steps:
+        row = _step(step)
+        dropped = {
+            **_counts(row["rejected"]),
+            **{f"{k} (quarantined)": n for k, n in _counts(row["quarantined"]).items()},
+        }
+        told = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+        cells = [row["in"], row["kept"], told or step.message, row["tokens"] or None, row["seconds"]]
+        table.add_row(step.title, step.state, *("" if cell is None else str(cell) for cell in cells))
+    return table
+
+
+def _counts(value: JsonValue) -> dict[str, int]:
+    return {key: n for key, n in value.items() if isinstance(n, int)} if isinstance(value, dict) else {}
+
+
+def results_table(run: RunView) -> Table | None:
+    """The forward models side by side; None before any was measured."""
+    table = Table("model", "exact match", "95%", "held-out loss", "95%", "loss − base (95%)", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for model, measured in measurements(run):
+        match, loss = measured.get("exact_match") or {}, measured["held_out"]
+        gap = (measured.get("against_base") or {}).get("held_out")
+        told = f"{gap['difference']:+.3f} ({_ends(gap['ci'])})" if gap else ""
+        cells = [
+            _figure(match.get("share")),
+            _ends(match.get("ci")),
+            _figure(loss["nats_per_token"]),
+            _ends(loss["ci"]),
+        ]
+        table.add_row(model, *cells, told)
+    return table if table.row_count else None
+
+
+def figures(run: RunView) -> list[str]:
+    """The other figures, a line each."""
+    found, lines = metrics(run), []
+    for key, text in (
+        ("backward_exact_match", "backward model, exact match of the instruction"),
+        ("backward_held_out_loss", "backward model, held-out loss (nats a token)"),
+        ("backward_base_held_out_loss", "the base in its place"),
+        ("rater_auc", "rater, AUC on planted pairs"),
+    ):
+        if found.get(key) is not None:
+            lines.append(f"{text}: {_figure(found[key])} (95%: {_ends(found[f'{key}_ci'])})")
+    return lines
+
+
+def _figure(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, (int, float)) else ""
+
+
+def _ends(ci: object) -> str:
+    return f"{ci[0]:.3f} to {ci[1]:.3f}" if isinstance(ci, list) else ""

@@ -1,0 +1,136 @@
+"""Write the training rows: prompts, system tags, seed mix and rating replay, so that training knows no prompt."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import Field, PositiveInt
+
+from selfalign.core.frozen import Frozen, RecipePath
+from selfalign.core.identity import seed_for
+from selfalign.core.records import (
+    Dropped,
+    Example,
+    Message,
+    Outcome,
+    Pair,
+    Rated,
+    Record,
+    SourceFile,
+    quarantined,
+    rejected,
+)
+from selfalign.core.stage import Context, External, Settings, WholeStage
+from selfalign.stages.augment import AugmentConfig
+from selfalign.stages.curate.config import CurateConfig
+from selfalign.stages.curate.rate import RatingPrompt
+from selfalign.stages.prompting import chat, fill
+
+
+class ReplayConfig(Frozen):
+    """Rated pairs mixed into forward training, so that the model does not forget how to rate."""
+
+    path: Annotated[str, RecipePath] = Field(description="JSONL of prompt, completion and the rater's reply")
+    rows: PositiveInt | None = Field(None, description="how many of them, drawn by seed; all by default")
+
+
+class ComposeConfig(Frozen):
+    """What goes into forward training (arXiv 2308.06259, section 2.3)."""
+
+    include_seed: bool = Field(True, description="train on the seed pairs too, not on the curated ones alone")
+    seed_system: str | None = Field(None, description="system prompt of seed pairs: the paper's tag Sa")
+    augmented_system: str | None = Field(None, description="system prompt of curated pairs: the paper's tag Sw")
+    rating_replay: ReplayConfig | None = None
+
+
+def _answer(text: str) -> tuple[Message, ...]:
+    return (Message(role="assistant", content=text),)
+
+
+@dataclass(frozen=True)
+class ComposeBackward(WholeStage):
+    """Seed pairs, turned round: the response is the prompt, the instruction is what is learnt."""
+
+    name: ClassVar[str] = "backward.compose"
+    record: ClassVar[type[Record]] = Pair
+    output: ClassVar[type[Record]] = Example
+    augment: AugmentConfig
+
+    def settings(self) -> Settings:
+        return {"prompt": self.augment.prompt()}
+
+    def run(self, rows: Sequence[Pair], context: Context) -> Iterable[Outcome]:
+        template = self.augment.prompt()
+        for row in rows:
+            if row.split == "held_out":
+                yield rejected(row.id, "held_out")
+                continue
+            prompt = chat(fill(template, response=row.completion))
+            yield Example(id=row.id, kind="seed", prompt=prompt, completion=_answer(row.prompt), parents=(row.id,))
+
+
+@dataclass(frozen=True)
+class ComposeForward(WholeStage):
+    """Seed pairs, curated pairs (input `curated`) and rating replay (input `replay`) as training rows."""
+
+    name: ClassVar[str] = "forward.compose"
+    seeded: ClassVar[bool] = True
+    record: ClassVar[type[Record]] = Pair
+    output: ClassVar[type[Record]] = Example
+    config: ComposeConfig
+    curate: CurateConfig
+
+    def settings(self) -> Settings:
+        config = self.config.model_dump(mode="json", exclude={"rating_replay"})
+        replay = self.config.rating_replay
+        if replay is not None:
+            prompt = RatingPrompt.of(self.curate)
+            config |= {"replay_rows": replay.rows, "rubric": prompt.rubric, "pair": prompt.pair}
+        return config
+
+    def units(self, rows: Sequence[Pair], context: Context) -> int:
+        curated = sum(1 for _ in self._curated(context))
+        return len(rows) + curated + sum(file.rows for file in self._replay_files(context))
+
+    def run(self, rows: Sequence[Pair], context: Context) -> Iterable[Outcome]:
+        for row in rows:
+            reason = "held_out" if row.split == "held_out" else None if self.config.include_seed else "seed_left_out"
+            yield rejected(row.id, reason) if reason else _example(row, "seed", self.config.seed_system)
+        for row in self._curated(context):
+            yield _example(row, "augmented", self.config.augmented_system)
+        yield from self._replay(context)
+
+    def _curated(self, context: Context) -> Iterator[Rated]:
+        return context.rows("curated", Rated) if "curated" in context.inputs else iter(())
+
+    def _replay_files(self, context: Context) -> list[SourceFile]:
+        source = context.inputs.get("replay")
+        rows = source.rows if isinstance(source, External) else ()
+        return [row for row in rows if isinstance(row, SourceFile)]
+
+    def _replay(self, context: Context) -> Iterator[Example | Dropped]:
+        from selfalign.data.readers import read_rows
+
+        prompt, replay = RatingPrompt.of(self.curate), self.config.rating_replay
+        found = [row for file in self._replay_files(context) for row in read_rows(file)]
+        drawn = sorted((row.id for row in found), key=lambda id: seed_for(context.seed, id, "replay"))
+        kept = set(drawn[: replay.rows if replay else None])
+        for row in found:
+            id = f"replay/{row.id}"
+            if isinstance(row, Dropped):
+                yield quarantined(id, row.reason, row.detail or "", row.units)
+                continue
+            texts = [row.values.get(key) for key in ("prompt", "completion", "reply")]
+            if not all(isinstance(text, str) for text in texts):
+                yield quarantined(id, "wrong_type", f"{row.where}: prompt, completion and reply must be texts")
+            elif row.id not in kept:
+                yield rejected(id, "not_sampled")
+            else:
+                question, answer, reply = (str(text) for text in texts)
+                messages = prompt.messages(question, answer)
+                yield Example(id=id, kind="rating", prompt=messages, completion=_answer(reply), parents=(row.id,))
+
+
+def _example(row: Pair, kind: str, system: str | None) -> Example:
+    prompt, completion = chat(row.prompt, system), _answer(row.completion)
+    return Example(id=row.id, kind=kind, prompt=prompt, completion=completion, parents=(row.id, *row.parents))

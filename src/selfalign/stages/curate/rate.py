@@ -1,0 +1,195 @@
+"""Rate pairs: the prompt, the readout, and the step that applies both to candidates."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar, TypedDict
+
+from pydantic import JsonValue
+
+from selfalign.core.errors import UsageError
+from selfalign.core.protocols import Engine, Request, Sampling, Score
+from selfalign.core.records import Candidate, Message, Outcome, Pair, Rated, Record
+from selfalign.core.stage import Context, MapStage, Process, Settings
+from selfalign.engines.config import ModelConfig
+from selfalign.stages.curate.config import CurateConfig
+from selfalign.stages.curate.parse import parse
+from selfalign.stages.models import open_model
+from selfalign.stages.prompting import chat, fill, prompt_text
+
+GRADES = (1, 2, 3, 4, 5)
+CUE = "\nScore:"
+CONTINUATIONS = tuple(f" {grade}" for grade in GRADES)
+# Room for the score line itself, behind the reasoning.
+SCORE_LINE_TOKENS = 16
+
+
+class Verdict(TypedDict):
+    """The rating columns of a `Rated` row."""
+
+    rating: float | None
+    unrated: str | None
+    rating_dist: tuple[float, ...]
+    off_scale: float | None
+    entropy: float | None
+    reply: str
+
+
+@dataclass(frozen=True)
+class RatingPrompt:
+    """What the rater is asked: the rubric and the examples first, since all pairs share them, then the pair."""
+
+    rubric: str
+    pair: str
+    few_shot: tuple[tuple[str, str, str], ...] = ()
+
+    @staticmethod
+    def of(config: CurateConfig) -> "RatingPrompt":
+        """The prompt that the recipe names, or ours."""
+        text = prompt_text(config.prompt_file, "rate", ("instruction", "response"))
+        rubric, _, pair = text.rpartition("\n---\n")
+        return RatingPrompt(rubric, pair, _few_shot(config.few_shot_file))
+
+    def messages(self, instruction: str, response: str) -> tuple[Message, ...]:
+        """The prompt for one pair, up to where the rater begins its reply."""
+        turns: list[Message] = []
+        for question, answer, reply in self.few_shot:
+            turns += chat(fill(self.pair, instruction=question, response=answer))
+            turns.append(Message(role="assistant", content=reply))
+        turns += chat(fill(self.pair, instruction=instruction, response=response))
+        if self.rubric:
+            turns[0] = Message(role="user", content=f"{self.rubric}\n\n{turns[0]['content']}")
+        return tuple(turns)
+
+
+def _few_shot(file: str | None) -> tuple[tuple[str, str, str], ...]:
+    if file is None:
+        return ()
+    shots = []
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"curate.few_shot_file: {file} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            shots.append((str(row["instruction"]), str(row["response"]), str(row["reply"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{file}:{number}: an example needs instruction, response and reply") from error
+    return tuple(shots)
+
+
+def rate(
+    engine: Engine, adapter: Path | None, pairs: Sequence[tuple[str, str, str]], config: CurateConfig
+) -> list[Verdict]:
+    """Rate pairs of (id, instruction, response), in order. No pair gets a rating by default.
+
+    `expected` is the mean of 1..5 under the next-token distribution after the cue, renormalised over the five
+    (G-Eval, arXiv 2303.16634), after at most `reasoning_tokens` tokens of one line of reasoning. `parsed` is the
+    paper's: the rater writes, and its last `Score:` line counts (arXiv 2308.06259, table 1).
+    """
+    prompt = RatingPrompt.of(config)
+    requests = [Request(id, prompt.messages(instruction, response)) for id, instruction, response in pairs]
+    if config.readout == "parsed":
+        return _parsed(engine, adapter, requests, config.reasoning_tokens + SCORE_LINE_TOKENS)
+    openings = [""] * len(requests)
+    if config.reasoning_tokens:
+        sampling = Sampling(temperature=0, max_new_tokens=config.reasoning_tokens, stop=("\n",))
+        openings = [reply.text.strip() for reply in engine.generate(requests, sampling, adapter)]
+    # Where nothing was written before it, the score line is the first, with no line end before it.
+    cued = [f"{opening}{CUE}".lstrip("\n") for opening in openings]
+    asked = [
+        Request(request.id, (*request.messages, Message(role="assistant", content=text)))
+        for request, text in zip(requests, cued, strict=True)
+    ]
+    scores = engine.score(asked, [CONTINUATIONS] * len(asked), adapter)
+    return [_expected(score, opening) for score, opening in zip(scores, openings, strict=True)]
+
+
+def _parsed(engine: Engine, adapter: Path | None, requests: Sequence[Request], tokens: int) -> list[Verdict]:
+    sampling = Sampling(temperature=0, max_new_tokens=tokens)
+    verdicts = []
+    for reply in engine.generate(requests, sampling, adapter):
+        rating = parse(reply.text)
+        unrated = None if rating is not None else "too_long" if reply.finish == "too_long" else "unparsed"
+        verdicts.append(_verdict(rating, unrated, reply=reply.text))
+    return verdicts
+
+
+def _expected(scores: Sequence[Score] | None, reply: str) -> Verdict:
+    if scores is None:
+        return _verdict(None, "too_long", reply=reply)
+    dist = [math.exp(score.log_prob) for score in scores]
+    on_scale = sum(dist)
+    if on_scale <= 0:
+        return _verdict(None, "off_scale", off_scale=1.0, reply=reply)
+    shares = [p / on_scale for p in dist]
+    rating = sum(grade * share for grade, share in zip(GRADES, shares, strict=True))
+    entropy = -sum(share * math.log(share) for share in shares if share > 0)
+    # Rounding hides the last bits, which differ between a row that ran in a batch and one that ran alone.
+    return Verdict(
+        rating=round(rating, 4),
+        unrated=None,
+        rating_dist=tuple(round(p, 6) for p in dist),
+        off_scale=round(max(0.0, 1 - on_scale), 4),
+        entropy=round(entropy, 4),
+        reply=reply,
+    )
+
+
+def _verdict(rating: float | None, unrated: str | None, off_scale: float | None = None, reply: str = "") -> Verdict:
+    return Verdict(rating=rating, unrated=unrated, rating_dist=(), off_scale=off_scale, entropy=None, reply=reply)
+
+
+def why_unrated(rating: float | None, unrated: str | None, off_scale: float | None, config: CurateConfig) -> str | None:
+    """The reason why a verdict does not count, or None where it does."""
+    if rating is None:
+        return unrated or "unparsed"
+    return "off_scale" if off_scale is not None and off_scale > config.max_off_scale else None
+
+
+def rating_settings(config: CurateConfig, model: ModelConfig) -> dict[str, JsonValue]:
+    """What decides a rating: thresholds and gates do not."""
+    prompt = RatingPrompt.of(config)
+    return {
+        "rubric": prompt.rubric,
+        "pair": prompt.pair,
+        "few_shot": [[*shot] for shot in prompt.few_shot],
+        "reasoning_tokens": config.reasoning_tokens,
+        "readout": config.readout,
+        "engine": dict(model.loading()),
+    }
+
+
+@dataclass(frozen=True)
+class Rate(MapStage):
+    """Candidate → the same with the rater's verdict."""
+
+    name: ClassVar[str] = "curate.rate"
+    record: ClassVar[type[Record]] = Candidate
+    output: ClassVar[type[Record]] = Rated
+    config: CurateConfig
+    model: ModelConfig
+
+    def settings(self) -> Settings:
+        return rating_settings(self.config, self.model)
+
+    def size(self, row: Candidate) -> int:
+        return len(row.prompt) + len(row.completion)
+
+    def open(self, context: Context) -> Process:
+        engine, adapter = open_model(self.model, context)
+
+        def run(rows: Sequence[Candidate]) -> Iterable[Outcome]:
+            verdicts = rate(engine, adapter, pairs_of(rows), self.config)
+            for row, verdict in zip(rows, verdicts, strict=True):
+                yield Rated(**{f.name: getattr(row, f.name) for f in fields(row)}, **verdict)
+
+        return Process(run, lambda: engine.tokens)
+
+
+def pairs_of(rows: Iterable[Pair]) -> list[tuple[str, str, str]]:
+    """Pairs as `rate` takes them."""
+    return [(row.id, row.prompt, row.completion) for row in rows]

@@ -1,0 +1,98 @@
+"""Keep the pairs that are rated well enough: at most one a document."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from selfalign.core.errors import GateError
+from selfalign.core.identity import seed_for
+from selfalign.core.records import Candidate, Outcome, Rated, Record, rejected
+from selfalign.core.stage import Context, Settings, WholeStage
+from selfalign.core.store import Manifest
+from selfalign.stages.curate.config import CurateConfig
+from selfalign.stages.curate.rate import why_unrated
+
+UNRATED = ("too_long", "unparsed", "off_scale")
+
+
+@dataclass(frozen=True)
+class Select(WholeStage):
+    """Rated pairs → those at or above the threshold; of a document's candidates, the best."""
+
+    name: ClassVar[str] = "curate.select"
+    seeded: ClassVar[bool] = True
+    record: ClassVar[type[Record]] = Rated
+    output: ClassVar[type[Record]] = Rated
+    config: CurateConfig
+
+    def settings(self) -> Settings:
+        return {"threshold": self.config.threshold, "max_off_scale": self.config.max_off_scale}
+
+    def run(self, rows: Sequence[Rated], context: Context) -> Iterable[Outcome]:
+        reasons = {row.id: self._reason(row) for row in rows}
+        best: dict[tuple[str, ...], Rated] = {}
+        for row in sorted(rows, key=lambda row: (-(row.rating or 0), row.id)):
+            if reasons[row.id] is None:
+                best.setdefault(row.parents, row)
+        chosen = _matched([row.id for row in best.values()], context)
+        for row in rows:
+            reason = reasons[row.id]
+            if reason is None and best[row.parents].id != row.id:
+                reason = "not_best"
+            if reason is None and row.id not in chosen:
+                reason = "match_size"
+            yield rejected(row.id, reason, row) if reason else row
+
+    def check(self, manifest: Manifest) -> None:
+        rejections = manifest.ledger["rejected"]
+        assert isinstance(rejections, dict)
+        counts = {key: value for key, value in rejections.items() if isinstance(value, int)}
+        total = manifest.ledger["in"]
+        unrated = sum(counts.get(reason, 0) for reason in UNRATED)
+        share = 1 - unrated / total if isinstance(total, int) and total else 0.0
+        told = ", ".join(f"{n} {reason}" for reason, n in counts.items())
+        if share < self.config.min_rated:
+            raise GateError(
+                f"curation: {share:.1%} of the pairs got a usable rating, and curate.min_rated wants "
+                f"{self.config.min_rated:.0%} ({told})"
+            )
+        if not manifest.ledger["kept"]:
+            raise GateError(f"curation kept none of {total} pairs ({told}); lower curate.threshold")
+
+    def _reason(self, row: Rated) -> str | None:
+        unrated = why_unrated(row.rating, row.unrated, row.off_scale, self.config)
+        if unrated or row.rating is None:
+            return unrated or "unparsed"
+        return "below_threshold" if row.rating < self.config.threshold else None
+
+
+@dataclass(frozen=True)
+class KeepAll(WholeStage):
+    """No curation, to compare with: the first candidate of every document, or as many as another arm keeps."""
+
+    name: ClassVar[str] = "curate.keep_all"
+    seeded: ClassVar[bool] = True
+    record: ClassVar[type[Record]] = Candidate
+    output: ClassVar[type[Record]] = Rated
+
+    def run(self, rows: Sequence[Candidate], context: Context) -> Iterable[Outcome]:
+        first: dict[tuple[str, ...], str] = {}
+        for row in rows:
+            first.setdefault(row.parents, row.id)
+        chosen = _matched(list(first.values()), context)
+        for row in rows:
+            reason = "not_first" if first[row.parents] != row.id else "match_size" if row.id not in chosen else None
+            yield rejected(row.id, reason, row) if reason else row
+
+    def check(self, manifest: Manifest) -> None:
+        if not manifest.ledger["kept"]:
+            raise GateError("no pair is left after augmentation; `selfalign status` says what was filtered, and why")
+
+
+def _matched(ids: Sequence[str], context: Context) -> set[str]:
+    """All ids, or as many as the input `match` holds, drawn by seed."""
+    if "match" not in context.inputs:
+        return set(ids)
+    kept = context.manifest("match").ledger["kept"]
+    assert isinstance(kept, int)
+    return set(sorted(ids, key=lambda id: seed_for(context.seed, id, "match_size"))[:kept])

@@ -1,0 +1,227 @@
+"""Measure a model on held-out pairs and on questions with known answers, with intervals and beside the base."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import JsonValue, PositiveInt, TypeAdapter, ValidationError
+
+from selfalign.core.errors import UsageError
+from selfalign.core.frozen import Frozen, RecipePath
+from selfalign.core.protocols import Engine, Request, Sampling
+from selfalign.core.records import Message, Pair
+from selfalign.core.stage import BuildStage, Built, Context, Settings
+from selfalign.engines.config import ModelConfig
+from selfalign.evaluation.metrics import (
+    Interval,
+    contains_match,
+    exact_match,
+    mean_interval,
+    paired_difference,
+    proportion_interval,
+)
+from selfalign.stages.models import open_model
+from selfalign.stages.prompting import chat, fill
+
+Direction = Literal["backward", "forward"]
+
+
+class EvaluateConfig(Frozen):
+    """What is measured beside the held-out loss, which every recipe gets."""
+
+    forward_questions: Annotated[str | None, RecipePath] = None
+    backward_questions: Annotated[str | None, RecipePath] = None
+    system: str | None = None
+    max_new_tokens: PositiveInt = 256
+    samples: PositiveInt = 5
+    min_gain: float | None = None
+
+
+class Question(Frozen):
+    """A prompt with its answer: one of `answers` exactly, or all of `contains` and none of `excludes`."""
+
+    prompt: str
+    answers: tuple[str, ...] = ()
+    contains: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
+
+    def is_right(self, reply: str) -> bool:
+        """Whether a reply answers it."""
+        if self.answers:
+            return exact_match(reply, self.answers)
+        return contains_match(reply, self.contains, self.excludes)
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a JSONL file. Raises UsageError with file and line: a test must be whole or not run."""
+    adapter, questions = TypeAdapter(Question), []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the questions in {path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            questions.append(adapter.validate_json(line))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise UsageError(f"{path}:{number}: {'.'.join(map(str, problem['loc']))} {problem['msg']}") from error
+    return questions
+
+
+@dataclass(frozen=True)
+class Evaluate(BuildStage):
+    """Held-out loss, matches on questions, and some replies to read.
+
+    Inputs: `model` and, for an adapter, `adapter`; `seed`, the picked pairs; `questions` if there are any; `base`,
+    the same measurement of the base, and `before`, that of the round before.
+    """
+
+    name: ClassVar[str] = "evaluate"
+    config: EvaluateConfig
+    model: ModelConfig
+    direction: Direction
+    template: str = field(default="{response}")
+    may_stop: bool = False
+
+    def settings(self) -> Settings:
+        settings: dict[str, Frozen | JsonValue] = {
+            "direction": self.direction,
+            "max_new_tokens": self.config.max_new_tokens,
+            "samples": self.config.samples,
+            "engine": dict(self.model.loading()),
+        }
+        if self.direction == "backward":
+            settings["template"] = self.template
+        else:
+            settings["system"] = self.config.system
+        if self.may_stop:
+            settings["min_gain"] = self.config.min_gain
+        return settings
+
+    def build(self, context: Context, folder: Path, log: Callable[[Mapping[str, float]], None]) -> Built:
+        engine, adapter = open_model(self.model, context)
+        tokens = engine.tokens
+        pairs = [pair for pair in context.rows("seed", Pair) if pair.split == "held_out"]
+        losses = self._losses(engine, adapter, pairs)
+        questions = read_questions(context.path("questions")) if "questions" in context.inputs else []
+        right, replies = self._answers(engine, adapter, questions, pairs)
+        base = _rows(context, "base")
+        metrics: dict[str, JsonValue] = {
+            "held_out": {**_mean(losses), "too_long": len(pairs) - len(losses)},
+            "exact_match": _share(right) if questions else None,
+            "against_base": _differences(losses, right, base) if base else None,
+        }
+        _write(folder / "held_out.jsonl", [{"id": id, "nats_per_token": loss} for id, loss in losses.items()])
+        _write(folder / "replies.jsonl", replies)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
+        before = _rows(context, "before")
+        stop = self._stop(losses, right, before) if self.may_stop and before else None
+        names = ("held_out.jsonl", "replies.jsonl", "metrics.json")
+        return Built(names, metrics, engine.tokens - tokens, stop)
+
+    def _prompt(self, text: str) -> tuple[Message, ...]:
+        if self.direction == "backward":
+            return chat(fill(self.template, response=text))
+        return chat(text, self.config.system)
+
+    def _losses(self, engine: Engine, adapter: Path | None, pairs: Sequence[Pair]) -> dict[str, float]:
+        """Nats a token of each held-out completion (of the instruction, when backward); too long ones are left out."""
+        asked = [(p.completion, p.prompt) if self.direction == "backward" else (p.prompt, p.completion) for p in pairs]
+        requests = [Request(p.id, self._prompt(a)) for p, (a, _) in zip(pairs, asked, strict=True)]
+        scores = engine.score(requests, [[answer] for _, answer in asked], adapter)
+        return {
+            pair.id: round(-score[0].log_prob / score[0].tokens, 5)
+            for pair, score in zip(pairs, scores, strict=True)
+            if score is not None and score[0].tokens
+        }
+
+    def _answers(
+        self, engine: Engine, adapter: Path | None, questions: Sequence[Question], pairs: Sequence[Pair]
+    ) -> tuple[dict[str, float], list[dict[str, JsonValue]]]:
+        """Whether each question was answered right, and all replies; without questions, some to held-out prompts."""
+        side = "completion" if self.direction == "backward" else "prompt"
+        prompts = {f"question/{n:05d}": question.prompt for n, question in enumerate(questions)}
+        prompts |= {pair.id: getattr(pair, side) for pair in pairs[: self.config.samples]}
+        sampling = Sampling(temperature=0, top_p=1, max_new_tokens=self.config.max_new_tokens)
+        requests = [Request(id, self._prompt(text)) for id, text in prompts.items()]
+        written = dict(zip(prompts, engine.generate(requests, sampling, adapter), strict=True))
+        right = {
+            f"question/{n:05d}": float(question.is_right(written[f"question/{n:05d}"].text))
+            for n, question in enumerate(questions)
+        }
+        replies: list[dict[str, JsonValue]] = [
+            {"id": id, "prompt": prompts[id], "reply": reply.text, "finish": reply.finish, "right": right.get(id)}
+            for id, reply in written.items()
+        ]
+        return right, replies
+
+    def _stop(self, losses: Mapping[str, float], right: Mapping[str, float], before: "Measured") -> str | None:
+        """Why the rounds should end: this one is not better than the one before by `evaluate.min_gain`."""
+        if self.config.min_gain is None:
+            return None
+        now, then = (right, before.right) if right else (losses, before.losses)
+        shared = sorted(now.keys() & then.keys())
+        if not shared:
+            return None
+        gain = sum(now[id] - then[id] for id in shared) / len(shared) * (1 if right else -1)
+        if gain >= self.config.min_gain:
+            return None
+        what = "exact match" if right else "held-out loss"
+        return f"{what} gained {gain:+.4f} on the round before, evaluate.min_gain is {self.config.min_gain}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The rows of another evaluation, by id."""
+
+    losses: Mapping[str, float]
+    right: Mapping[str, float]
+
+
+def _rows(context: Context, role: str) -> Measured | None:
+    if role not in context.inputs:
+        return None
+    folder = context.path(role)
+    losses = {row["id"]: row["nats_per_token"] for row in _read(folder / "held_out.jsonl")}
+    right = {row["id"]: row["right"] for row in _read(folder / "replies.jsonl") if row["right"] is not None}
+    return Measured(losses, right)
+
+
+def _differences(losses: Mapping[str, float], right: Mapping[str, float], base: Measured) -> dict[str, JsonValue]:
+    """This model minus the base, paired by row."""
+    found: dict[str, JsonValue] = {}
+    for name, now, then in (("held_out", losses, base.losses), ("exact_match", right, base.right)):
+        shared = sorted(now.keys() & then.keys())
+        if shared:
+            gap = paired_difference([now[id] for id in shared], [then[id] for id in shared])
+            found[name] = {"difference": round(gap.mean, 4), "ci": _ends(gap.interval), "n": gap.n}
+    return found
+
+
+def _mean(losses: Mapping[str, float]) -> dict[str, JsonValue]:
+    values = list(losses.values())
+    if not values:
+        return {"nats_per_token": None, "ci": None, "n": 0}
+    mean = round(sum(values) / len(values), 4)
+    return {"nats_per_token": mean, "ci": _ends(mean_interval(values)), "n": len(values)}
+
+
+def _share(right: Mapping[str, float]) -> dict[str, JsonValue]:
+    hits, n = int(sum(right.values())), len(right)
+    return {"share": round(hits / n, 4), "ci": _ends(proportion_interval(hits, n)), "n": n}
+
+
+def _ends(interval: Interval) -> JsonValue:
+    # One value says nothing about its spread, and JSON has no infinity.
+    return [round(interval.low, 4), round(interval.high, 4)] if math.isfinite(interval.high - interval.low) else None
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, JsonValue]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,64 @@
+"""Train the backward or the forward model on composed rows."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, PositiveInt
+
+from selfalign.core.errors import GateError
+from selfalign.core.records import Example
+from selfalign.core.stage import BuildStage, Built, Context, Settings
+from selfalign.engines.config import ModelConfig
+from selfalign.engines.open import release
+from selfalign.stages.compose import ComposeConfig
+from selfalign.training.config import TrainConfig
+
+
+class BackwardConfig(TrainConfig):
+    """The backward model p(instruction | response)."""
+
+
+class ForwardConfig(TrainConfig, ComposeConfig):
+    """The forward models M0, M1, …: always trained from the base."""
+
+    seed_max_steps: PositiveInt | None = Field(None, description="max_steps of M0, which sees the seed alone")
+    match_exposure: str | None = Field(None, description="show each row as often as this arm does, in more steps")
+
+    def training(self, k: int) -> TrainConfig:
+        """The hyper-parameters of M_k alone."""
+        config = TrainConfig(**self.model_dump(include=set(TrainConfig.model_fields)))
+        if k == 0 and self.seed_max_steps is not None:
+            return config.model_copy(update={"max_steps": self.seed_max_steps})
+        return config
+
+
+@dataclass(frozen=True)
+class Train(BuildStage):
+    """Rows → a model folder, or an adapter's. With an input `match`, each row is seen as often as there."""
+
+    name: ClassVar[str] = "train"
+    seeded: ClassVar[bool] = True
+    config: TrainConfig
+    model: ModelConfig
+
+    def settings(self) -> Settings:
+        return {"training": self.config, "engine": dict(self.model.loading())}
+
+    def build(self, context: Context, folder: Path, log: Callable[[Mapping[str, float]], None]) -> Built:
+        from selfalign.training.sft import train
+
+        # The card holds one model: the engine that generated or rated gives way.
+        release()
+        examples = list(context.rows("rows", Example))
+        if not examples:
+            raise GateError("no row is left to train on; `selfalign status` says where they were dropped")
+        config = self.config
+        if "match" in context.inputs and config.max_steps > 0:
+            there = sum(1 for _ in context.rows("match", Example))
+            config = config.model_copy(update={"max_steps": round(config.max_steps * len(examples) / there)})
+        seed = context.seed if config.seed is None else config.seed
+        trained = train(examples, self.model, config, folder, seed, log)
+        (folder / "preflight.txt").write_text(trained.preflight.text() + "\n", encoding="utf-8")
+        return Built(trained.content, dict(trained.metrics), int(trained.metrics["tokens"]))

@@ -1,0 +1,147 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from selfalign.core.errors import MismatchError
+from selfalign.core.records import Example, Message
+from selfalign.engines.chat import Chat
+from selfalign.training.preflight import IGNORED, Tokenised, check, fit, stop_ids, tokenise
+
+Make = Callable[..., Example]
+
+
+def trained_text(row: Tokenised, tokenizer: Any) -> str:
+    return str(tokenizer.decode([label for label in row.labels if label != IGNORED]))
+
+
+@pytest.mark.parametrize("completion", ["In the north.", "Zürich, 東京 🙂", "  two spaces", "a\n\nb "])
+def test_the_loss_is_on_the_completion_and_its_stop_token(base: Any, example: Make, completion: str) -> None:
+    tokenizer = base.tokenizer()
+    row = tokenise(example(completion=completion), tokenizer)
+    assert trained_text(row, tokenizer) == f" {completion}</s>"
+    assert row.stops
+    assert not row.straddles
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_the_untrained_tokens_are_those_the_engine_sends_as_prompt(base: Any, example: Make, template: str) -> None:
+    chat = Chat(base.tokenizer(template))
+    one = example()
+    row = tokenise(one, chat.tokenizer, chat.stop_ids)
+    untrained = list(row.input_ids[: row.completion_mask.index(1)])
+    assert chat.encode([chat.prompt(one.prompt)]) == [untrained]
+
+
+def test_what_a_template_writes_after_the_stop_token_is_left_out(base: Any, example: Make) -> None:
+    tokenizer = base.tokenizer("chatml")
+    row = tokenise(example(), tokenizer, stop_ids(tokenizer, base.chatml))
+    assert tokenizer.decode(list(row.input_ids)).endswith("In the north.<|im_end|>")
+    assert trained_text(row, tokenizer) == "In the north.<|im_end|>"
+
+
+def test_every_turn_of_a_completion_counts_up_to_the_last_stop_token(base: Any) -> None:
+    tokenizer = base.tokenizer()
+    turns = (
+        Message(role="assistant", content="a"),
+        Message(role="user", content="b"),
+        Message(role="assistant", content="c"),
+    )
+    row = tokenise(
+        Example(id="m", kind="seed", prompt=(Message(role="user", content="q"),), completion=turns), tokenizer
+    )
+    assert trained_text(row, tokenizer) == " a</s>\n\nUser: b\n\nAssistant: c</s>"
+
+
+def test_a_template_without_a_stop_token_is_refused(base: Any, example: Make, endless: str) -> None:
+    tokenizer = base.tokenizer(endless)
+    row = tokenise(example(), tokenizer)
+    with pytest.raises(MismatchError, match="never learn to stop"):
+        check([row], tokenizer)
+
+
+def test_a_stop_token_inside_the_response_does_not_end_it(base: Any, example: Make, endless: str) -> None:
+    tokenizer = base.tokenizer(endless)
+    row = tokenise(example(completion="one</s>two"), tokenizer)
+    assert not row.stops
+    assert trained_text(row, tokenizer) == "assistant: one</s>two\n"
+
+
+def test_a_doubled_first_token_is_refused(base: Any, example: Make) -> None:
+    tokenizer = base.tokenizer()
+    tokenizer.chat_template = "<s>" + tokenizer.chat_template
+    with pytest.raises(MismatchError, match="twice"):
+        check([tokenise(example(), tokenizer)], tokenizer)
+
+
+def test_a_prompt_that_differs_between_training_and_inference_is_refused(base: Any, example: Make) -> None:
+    tokenizer = base.tokenizer()
+    tokenizer.chat_template += "{% if add_generation_prompt %} think:{% endif %}"
+    with pytest.raises(MismatchError, match="differently at inference"):
+        tokenise(example(), tokenizer)
+
+
+def test_a_template_that_refuses_the_messages_says_which_example(base: Any, example: Make) -> None:
+    tokenizer = base.tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(MismatchError, match=r"row-7.*roles must alternate"):
+        tokenise(example(id="row-7"), tokenizer)
+
+
+def test_a_token_across_the_boundary_is_trained_and_reported(base: Any, example: Make) -> None:
+    tokenizer = base.tokenizer()
+    # The space belongs to the prompt, and the tokenizer joins it with the word that follows.
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }} A: "
+        "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    row = tokenise(example(completion="the lake"), tokenizer)
+    assert row.straddles
+    assert trained_text(row, tokenizer) == " the lake</s>"
+    assert "1 rows share a token" in check([row], tokenizer).text()
+
+
+def test_an_example_without_room_for_its_completion_is_dropped_and_a_cut_one_counted(base: Any, example: Make) -> None:
+    tokenizer = base.tokenizer()
+    short, long_prompt, long_reply = (
+        tokenise(one, tokenizer)
+        for one in (example(), example(prompt="the lake " * 60), example(completion="the lake " * 60))
+    )
+    kept, too_long = fit([short, long_prompt, long_reply], len(short.input_ids))
+    assert too_long == 1
+    assert [(row.truncated, row.stops) for row in kept] == [(False, True), (True, False)]
+    assert {len(row.input_ids) for row in kept} == {len(short.input_ids)}
+    report = check(kept, tokenizer, too_long)
+    assert (report.rows, report.truncated_share, report.too_long) == (2, 0.5, 1)
+    assert "1 rows (50.0%) cut" in report.text()
+    assert "1 rows dropped" in report.text()
+
+
+def test_room_for_one_token_of_the_completion_is_room(base: Any, example: Make) -> None:
+    row = tokenise(example(), base.tokenizer())
+    first = row.completion_mask.index(1)
+    assert row.cut(first) is None
+    cut = row.cut(first + 1)
+    assert cut is not None
+    assert sum(cut.completion_mask) == 1
+
+
+def test_nothing_left_to_train_on_is_refused(base: Any) -> None:
+    tokenizer = base.tokenizer()
+    with pytest.raises(MismatchError, match=r"no example is left.*3"):
+        check([], tokenizer, too_long=3)
+    with pytest.raises(MismatchError, match="no token carries loss"):
+        check([Tokenised("e", (5, 6), (0, 0), stops=True)], tokenizer)
+
+
+def test_the_report_shows_one_example_with_its_loss_span_marked(base: Any, example: Make) -> None:
+    tokenizer = base.tokenizer()
+    report = check([tokenise(example(), tokenizer)], tokenizer, steps=7)
+    assert report.sample == "<s>User: Where is the lake?\n\nAssistant:⟦ In the north.</s>⟧"
+    assert report.sample in report.text()
+    assert "7 steps" in report.text()
+
+
+def test_a_reply_ends_where_the_template_or_the_generation_config_says(base: Any) -> None:
+    assert stop_ids(base.tokenizer(), base.plain) == {1}
+    assert stop_ids(base.tokenizer("chatml"), base.chatml) == {1, 3}

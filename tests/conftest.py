@@ -1,7 +1,6 @@
 """What all tests share: the real data's folder, and one Ray for the session."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 
 TESTS = Path(__file__).parent
 # Workers and child processes import test stages by name.
-sys.path.insert(0, str(TESTS))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,3 +30,14 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared/data")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Fail the session for a skip that allowed_skips.txt does not name."""
+    lines = (TESTS / "allowed_skips.txt").read_text().splitlines()
+    allowed = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        if reason not in allowed:
+            terminalreporter.write_line(f"{report.nodeid}: this skip is not allowed: {reason}", red=True)
+            terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,36 @@
+# Two commands for everyone: `make demo` and `make test`. Both install what they need into .venv.
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+SEEDS ?= 0 1 2
+
+.PHONY: demo demo-seeds test check clean
+
+demo: $(VENV)/.installed
+	$(BIN)/selfalign run recipes/demo.yaml
+
+# The demo's marks over three seeds, side by side.
+demo-seeds: $(VENV)/.installed
+	for seed in $(SEEDS); do $(BIN)/selfalign run recipes/demo.yaml seed=$$seed --run runs/demo-$$seed >/dev/null || exit; done
+	$(BIN)/python -m selfalign.demo.marks $(SEEDS:%=runs/demo-%)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) runs build dist
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
+	touch $@

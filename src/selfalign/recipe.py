@@ -41,12 +41,12 @@ class Recipe(Frozen):
     forward: ForwardConfig = ForwardConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     rounds: PositiveInt = 1
-    arms: Mapping[str, Mapping[str, JsonValue]] = Field({}, description="name: overrides of the keys above")
+    arms: Mapping[str, Mapping[str, JsonValue]] | None = Field(None, description="name: overrides of the keys above")
     resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="after")
     def _arm_names(self) -> "Recipe":
-        if "main" in self.arms:
+        if self.arms and "main" in self.arms:
             raise ValueError("arms: main is the recipe itself; give the arm another name")
         return self
 
@@ -64,7 +64,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     document = yaml_config.override(yaml_config.read(path), overrides)
     recipe = yaml_config.validate(document, Recipe)
     arms = {}
-    for name, settings in recipe.arms.items():
+    for name, settings in (recipe.arms or {}).items():
         # An arm shows an effect in its first round, unless it says otherwise.
         first = yaml_config.apply(document, {"rounds": 1})
         arms[name] = yaml_config.validate(yaml_config.apply(first, settings, at=("arms", name)), Recipe)

@@ -81,7 +81,7 @@ class ComposeForward(WholeStage):
     curate: CurateConfig
 
     def settings(self) -> Settings:
-        config = self.config.model_dump(mode="json", exclude={"rating_replay"})
+        config = self.config.model_dump(mode="json", include=set(ComposeConfig.model_fields) - {"rating_replay"})
         replay = self.config.rating_replay
         if replay is not None:
             prompt = RatingPrompt.of(self.curate)

@@ -1,0 +1,129 @@
+"""The real pipeline: which steps there are, in which order, and what changes with which key."""
+
+from pathlib import Path
+
+import pytest
+
+import small
+from selfalign.core.errors import RecipeError, UsageError
+from selfalign.core.stage import Step
+from selfalign.pipelines.backtranslate import steps
+from selfalign.pipelines.externals import Externals
+from selfalign.pipelines.runner import in_order
+from selfalign.recipe import load
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write(tmp_path_factory.mktemp("small"))
+
+
+def made(recipe: Path, *overrides: str) -> list[Step]:
+    return in_order(steps(load(recipe, overrides), Externals()))
+
+
+def identities(recipe: Path, *overrides: str) -> dict[str, str]:
+    return {step.key: step.identity for step in made(recipe, *overrides) if step.arm is None}
+
+
+FORWARD_1 = {"forward.compose@1", "forward.train@1", "evaluate.forward@1"}
+ROUND_2 = {
+    "curate.calibrate@2",
+    "curate.rate@2",
+    "curate.select@2",
+    "forward.compose@2",
+    "forward.train@2",
+    "evaluate.forward@2",
+}
+AFTER_SELECT = {"curate.select@1", *FORWARD_1, *ROUND_2}
+CURATE_1 = {"curate.calibrate@1", "curate.rate@1", *AFTER_SELECT}
+FORWARD_0 = {"forward.compose@0", "forward.train@0", "evaluate.forward@0"}
+FORWARD = {*FORWARD_0, *CURATE_1}
+BACKWARD = {"backward.train", "evaluate.backward", "augment.generate", "augment.filter"}
+AUGMENTED = {"curate.rate@1", *AFTER_SELECT}
+EVALUATE_FORWARD = {"evaluate.base", "evaluate.forward@0", "evaluate.forward@1", "evaluate.forward@2"}
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("curate.threshold=2", AFTER_SELECT),
+        ("curate.min_auc=0.5", set()),
+        ("curate.min_rated=0.5", set()),
+        ("curate.max_off_scale=0.5", {"curate.calibrate@1", *AFTER_SELECT}),
+        ("curate.reasoning_tokens=9", CURATE_1),
+        ("curate.readout=parsed", CURATE_1),
+        ("augment.temperature=0.8", {"augment.generate", "augment.filter", *AUGMENTED}),
+        ("augment.filters=[]", {"augment.filter", *AUGMENTED}),
+        ("backward.max_steps=5", {*BACKWARD, *AUGMENTED}),
+        ("forward.max_steps=5", {"forward.train@0", "evaluate.forward@0", *CURATE_1}),
+        ("forward.seed_max_steps=5", {"forward.train@0", "evaluate.forward@0", *CURATE_1}),
+        ("forward.augmented_system=x", FORWARD),
+        ("evaluate.forward_questions=null", EVALUATE_FORWARD),
+        ("evaluate.system=x", EVALUATE_FORWARD),
+        ("resources.augment.workers=4", set()),
+        ("arms=null", set()),
+        ("rounds=1", set()),
+    ],
+)
+def test_changing_a_key_changes_exactly_the_steps_that_follow_from_it(
+    recipe: Path, override: str, changed: set[str]
+) -> None:
+    before, after = identities(recipe), identities(recipe, override)
+    assert {key for key in after if before[key] != after[key]} == changed
+
+
+def test_the_seed_changes_all_that_is_drawn_and_the_model_all_that_it_makes(recipe: Path) -> None:
+    before = identities(recipe)
+    seeded = identities(recipe, "seed=1")
+    assert {key for key in before if before[key] == seeded[key]} == {"prepare.read_seed", "prepare.read_corpus"}
+    slotted = identities(recipe, "model.slots=4")
+    kept = {key for key in before if before[key] == slotted[key]}
+    prepared = {f"prepare.{verb}_{what}" for verb in ("read", "pick") for what in ("seed", "corpus")}
+    assert kept == {*prepared, "backward.compose", "forward.compose@0"}
+
+
+def test_a_changed_prompt_file_changes_what_uses_it(recipe: Path) -> None:
+    before = identities(recipe)
+    prompt = recipe.parent / "rate.txt"
+    old = prompt.read_text()
+    prompt.write_text("Grade it.\n" + old)
+    try:
+        after = identities(recipe)
+    finally:
+        prompt.write_text(old)
+    assert {key for key in after if before[key] != after[key]} == FORWARD | {"forward.compose@0"}
+
+
+def test_arms_share_every_step_whose_identity_agrees(recipe: Path) -> None:
+    own = {step.key for step in made(recipe) if step.arm}
+    once = {"curate.select@1", "forward.compose@1", "forward.train@1", "evaluate.forward@1"}
+    # The two arms keep all pairs in different numbers; neither makes a backward model or an M0 of its own.
+    assert own == {f"{arm}/{name}" for arm in ("uncurated", "exposed") for name in once}
+
+
+def test_a_gate_runs_before_training_that_it_does_not_need(recipe: Path) -> None:
+    names = [step.name for step in made(recipe, "curate.rater.model=base")]
+    assert names.index("curate.calibrate@1") < names.index("backward.train")
+    names = [step.name for step in made(recipe)]
+    assert names.index("forward.train@0") < names.index("curate.calibrate@1") < names.index("backward.train")
+
+
+def test_a_rater_of_its_own_needs_no_seed_model(recipe: Path) -> None:
+    names = [step.name for step in made(recipe, f"curate.rater.model={recipe.parent}/..", "arms=null")]
+    assert "forward.train@0" not in names
+
+
+def test_an_arm_that_names_no_arm_is_told(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match="names the arm 'other'; there are main, uncurated, exposed, mine"):
+        made(recipe, "arms={mine: {curate.match_size: other, curate.keep: all}}")
+
+
+def test_contradicting_settings_are_refused_before_anything_loads(recipe: Path) -> None:
+    with pytest.raises(UsageError, match="lora_r"):
+        made(recipe, "model.quantisation=nf4")
+
+
+def test_a_model_that_is_nowhere_is_told_in_one_sentence(recipe: Path) -> None:
+    with pytest.raises(UsageError, match=r"model\.path: no model at /nowhere/at/all"):
+        made(recipe, "model.path=/nowhere/at/all")

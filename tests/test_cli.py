@@ -1,0 +1,188 @@
+"""The command line on a small recipe: the whole loop, its contract for programs, its errors and exit codes."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import small
+from selfalign.cli import main
+from selfalign.demo.base import base_folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def calm(recipe: Path) -> Path:
+    """An undisturbed run."""
+    root = recipe.parent / "calm"
+    assert main(["run", str(recipe), "--run", str(root)]) == 0
+    return root
+
+
+def status(root: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    capsys.readouterr()
+    assert main(["status", str(root), "--json"]) == 0
+    found: dict[str, object] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def contents(root: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    return {a["name"]: a["sha256"] for a in status(root, capsys)["artifacts"]}
+
+
+def test_help_answers_without_loading_a_heavy_library() -> None:
+    code = "import sys; from selfalign.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "heavy = {'torch', 'ray', 'trl', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules)\n"
+    code += "assert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_every_step_of_a_run_balances_and_is_told_to_programs(calm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = status(calm, capsys)
+    assert document["complete"] is True
+    for step in document["steps"]:
+        assert step["state"] == "done"
+        out = step["kept"] + sum(step["rejected"].values()) + sum(step["quarantined"].values())
+        assert step["in"] == out
+    names = {(step["name"], step["arm"]) for step in document["steps"]}
+    assert {("curate.rate@2", None), ("forward.train@1", "uncurated"), ("forward.train@1", "exposed")} <= names
+    assert {"base", "M0", "M1", "M2", "uncurated", "exposed"} == set(document["metrics"]["accuracy"])
+    assert 0 <= document["metrics"]["rater_auc"] <= 1
+
+
+def test_a_second_run_changes_nothing(recipe: Path, calm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (calm / "artifacts").rglob("*") if p.is_file()}
+    assert main(["run", str(recipe), "--run", str(calm)]) == 0
+    assert {p: p.stat().st_mtime_ns for p in (calm / "artifacts").rglob("*") if p.is_file()} == before
+
+
+def test_plan_tells_what_is_reused_and_what_would_run(
+    recipe: Path, calm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["plan", str(recipe), "curate.threshold=2", "--run", str(calm), "--json", "arms=null"]) == 0
+    states = {step["name"]: step["state"] for step in json.loads(capsys.readouterr().out)["steps"]}
+    assert states["curate.rate@1"] == "reused"
+    assert states["curate.select@1"] == "to run"
+
+
+def test_show_prints_pairs_ratings_and_replies(calm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["show", str(calm), "--json", "--pairs", "3"]) == 0
+    sample = json.loads(capsys.readouterr().out)
+    assert [len(sample[key]) for key in ("pairs", "high", "low", "responses")] == [3, 5, 5, 5]
+    assert sample["high"][0]["rating"] >= sample["low"][0]["rating"]
+    assert main(["show", str(calm)]) == 0
+    assert "Rated highest" in capsys.readouterr().out
+
+
+def test_generate_asks_the_last_model_of_a_run(calm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["generate", str(calm), "--prompt", "Which colour has Vage?", "--json", "--max-new-tokens", "8"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "Which colour has Vage?"
+
+
+def test_one_section_runs_alone_and_says_what_it_needs(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = str(tmp_path / "run")
+    assert main(["run", str(recipe), "--run", root, "--only", "augment"]) == 2
+    assert "run it first" in capsys.readouterr().err
+    assert main(["run", str(recipe), "--run", root, "--only", "prepare"]) == 0
+    assert main(["run", str(recipe), "--run", root, "--only", "nothing"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["curate.treshold=3"], 2, "did you mean curate.threshold"),
+        (["rounds=none"], 2, "rounds"),
+        (["prepare.seed.path=./missing.jsonl"], 2, "prepare.seed.path"),
+        (["model.path=./missing"], 2, "model.path"),
+        (["augment.prompt_file=./missing.txt"], 2, "missing.txt"),
+        (["curate.min_auc=1", "curate.min_rated=0"], 3, "curate.min_auc"),
+        (["prepare.seed.held_out=32"], 3, "held out"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_its_exit_code(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    assert main(["run", str(recipe), *arguments, "--run", str(tmp_path / "run")]) == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_an_empty_corpus_is_told_and_nothing_is_trained(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    assert main(["run", str(recipe), f"prepare.corpus.path={empty}", "--run", str(tmp_path / "run")]) == 3
+    assert "no document is left" in capsys.readouterr().err
+    assert not list((tmp_path / "run" / "artifacts").glob("train-*"))
+
+
+def test_a_base_without_a_chat_template_is_told_so(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = shutil.copytree(base_folder(), tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    assert main(["run", str(recipe), f"model.path={bare}", "--run", str(tmp_path / "run")]) == 2
+    assert "model.chat_template" in capsys.readouterr().err
+
+
+def test_bad_rows_are_quarantined_and_no_good_row_is_lost(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = (recipe.parent / "corpus.jsonl").read_bytes().splitlines()
+    bad = [
+        b"\xff\xfe",
+        b'{"text": ',
+        b'{"text": NaN}',
+        b'{"text": "a", "text": "b"}',
+        b"null",
+        b'{"text": 3}',
+        b'{"x": ""}',
+    ]
+    bad += [b'{"text": "' + b"a" * 10_000_000 + b'"}', b"[" * 5000, b'{"text": "\\ud800"}', b'{"text": " "}']
+    mixed = tmp_path / "corpus.jsonl"
+    mixed.write_bytes(b"\n".join(line for pair in zip(good, bad, strict=False) for line in pair) + b"\n")
+    root = tmp_path / "run"
+    assert main(["run", str(recipe), f"prepare.corpus.path={mixed}", "--run", str(root), "--only", "prepare"]) == 0
+    step = next(s for s in status(root, capsys)["steps"] if s["name"] == "prepare.read_corpus")
+    assert step["kept"] == len(bad)
+    assert step["in"] == 2 * len(bad)
+    assert sum(step["quarantined"].values()) == len(bad) - 1
+    assert step["rejected"] == {"empty_response": 1}
+
+
+def test_killed_at_random_moments_a_run_ends_with_the_same_content(
+    recipe: Path, calm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, chance = recipe.parent / "stormy", random.Random(3)
+    command = [sys.executable, "-m", "selfalign", "run", str(recipe), "--run", str(root)]
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(4, 16))
+        process.kill()
+        process.wait()
+    assert main(command[3:]) == 0
+    assert contents(root, capsys) == contents(calm, capsys)
+
+
+def test_ray_ends_with_the_same_content(
+    recipe: Path, calm: Path, shared_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = recipe.parent / "ray"
+    assert main(["run", str(recipe), "--run", str(root), "--backend", "ray", "--only", "prepare"]) == 0
+    assert contents(root, capsys).items() <= contents(calm, capsys).items()

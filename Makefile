@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 # The demo's marks over three seeds, side by side.
 demo-seeds: $(VENV)/.installed
 	for seed in $(SEEDS); do $(BIN)/selfalign run recipes/demo.yaml seed=$$seed --run runs/demo-$$seed >/dev/null || exit; done
-	$(BIN)/python -m selfalign.demo.marks $(SEEDS:%=runs/demo-%)
+	$(BIN)/python benchmarks/demo_marks.py $(SEEDS:%=runs/demo-%)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)

@@ -83,7 +83,7 @@ def plan(arguments: Arguments) -> int:
     if arguments.json:
         print(json.dumps({"run": str(session.root), "steps": steps}, indent=1))
         return 0
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     for step in steps:
         rows = "" if step["rows"] is None else f"{step['rows']} rows"
         arm = f" [{step['arm']}]" if step["arm"] else ""
@@ -148,7 +148,7 @@ def _summary(root: Path, as_json: bool, steps: bool = False) -> int:
     if as_json:
         print(json.dumps(status(view), indent=1))
         return 0
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     if steps:
         console.print(steps_table(view))
     for line in figures(view):

@@ -1,16 +1,28 @@
 """A pipeline as small as the contract allows: a map of 1 → k rows, a whole, a fake build, two rounds and a stop."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from selfalign.core.errors import GateError
 from selfalign.core.identity import digest, seed_for
+from selfalign.core.ledger import Ledger
 from selfalign.core.protocols import Request, Sampling
 from selfalign.core.records import Candidate, Document, Outcome, Record, rejected
-from selfalign.core.stage import BuildStage, Built, Context, External, MapStage, Process, Resources, Step, WholeStage
+from selfalign.core.stage import (
+    BuildStage,
+    Built,
+    Context,
+    External,
+    Log,
+    MapStage,
+    Process,
+    Resources,
+    Step,
+    WholeStage,
+)
 from selfalign.core.store import Manifest
 from selfalign.engines.config import ModelConfig
 from selfalign.engines.open import open_engine
@@ -120,13 +132,13 @@ class FakeTrain(BuildStage):
     def settings(self) -> dict[str, object]:
         return {"stop_below": self.stop_below}
 
-    def build(self, context: Context, folder: Path, log: Callable[[Mapping[str, float]], None]) -> Built:
+    def build(self, context: Context, folder: Path, log: Log) -> Built:
         rows = [[row.id, row.prompt] for row in context.rows("rows", Candidate)]
         log({"step": 1, "loss": 0.5})
         weights = digest([rows, context.identity("model"), context.seed])
         (folder / "weights.json").write_text(json.dumps(weights))
         stop = f"only {len(rows)} rows" if len(rows) < self.stop_below else None
-        return Built(("weights.json",), {"rows": len(rows)}, stop=stop)
+        return Built(("weights.json",), Ledger(len(rows), len(rows), len(rows)), stop=stop)
 
 
 @dataclass(frozen=True)

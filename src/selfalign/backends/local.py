@@ -1,11 +1,10 @@
 """The local backend: everything in this process."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
-from selfalign.core.protocols import MapJob
+from selfalign.core.protocols import BuildJob, MapJob
 from selfalign.core.shards import ShardReport, run_shard
-from selfalign.core.stage import BuildStage, Built, Context, Resources
+from selfalign.core.stage import Built, Log
 
 
 class LocalBackend:
@@ -17,16 +16,9 @@ class LocalBackend:
         for number in job.todo:
             done(run_shard(job.stage, process, job.sources[number], job.artifact, number))
 
-    def build(
-        self,
-        stage: BuildStage,
-        context: Context,
-        folder: Path,
-        log: Callable[[Mapping[str, float]], None],
-        resources: Resources,
-    ) -> Built:
+    def build(self, job: BuildJob, log: Log) -> Built:
         """See `core.protocols.Backend`."""
-        return stage.build(context, folder, log)
+        return job.stage.build(job.context, job.folder, log)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -1,15 +1,14 @@
 """The Ray backend: a pool of actors, one engine an actor, one shard a task."""
 
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from selfalign.core.errors import InternalError, MismatchError, ServiceError
 from selfalign.core.identity import code_digest
-from selfalign.core.protocols import MapJob
+from selfalign.core.protocols import BuildJob, MapJob
 from selfalign.core.shards import ShardReport, run_shard
-from selfalign.core.stage import BuildStage, Built, Context, Process, Resources
+from selfalign.core.stage import Built, Log, Process, Resources
 
 # A shard whose worker dies is handed out again; the journal beside it finds the row that kills, after three deaths
 # a row. This bound only ends what the journal cannot explain (a node that kills every worker at start).
@@ -30,10 +29,10 @@ class Worker:
             self._opened = (job.artifact.name, job.stage.open(job.context))
         return run_shard(job.stage, self._opened[1], job.sources[number], job.artifact, number)
 
-    def build(self, stage: BuildStage, context: Context, folder: Path) -> tuple[Built, list[dict[str, float]]]:
+    def build(self, job: BuildJob) -> tuple[Built, list[dict[str, float]]]:
         """Run a build; its log lines come back with the result."""
         lines: list[dict[str, float]] = []
-        return stage.build(context, folder, lambda line: lines.append(dict(line))), lines
+        return job.stage.build(job.context, job.folder, lambda line: lines.append(dict(line))), lines
 
 
 class RayBackend:
@@ -78,18 +77,11 @@ class RayBackend:
         for worker in idle:
             self._ray.kill(worker)
 
-    def build(
-        self,
-        stage: BuildStage,
-        context: Context,
-        folder: Path,
-        log: Callable[[Mapping[str, float]], None],
-        resources: Resources,
-    ) -> Built:
+    def build(self, job: BuildJob, log: Log) -> Built:
         """See `core.protocols.Backend`."""
-        worker = self._start(resources)
+        worker = self._start(job.resources)
         try:
-            built, lines = self._ray.get(worker.build.remote(stage, context, folder))
+            built, lines = self._ray.get(worker.build.remote(job))
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from error
         finally:

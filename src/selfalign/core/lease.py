@@ -1,5 +1,6 @@
 """Who is at work on an artifact: a lease with a heartbeat, kept as a file beside it."""
 
+import fcntl
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from selfalign.core.errors import LeaseHeldError
+from selfalign.core.store import replace
 
 HEARTBEAT_S = 5.0
 STALE_S = 60.0
@@ -62,8 +64,8 @@ def lease(path: Path, wait: bool, say: Callable[[str], None]) -> Iterator[Owner]
     try:
         while not _claim(draft, path):
             holder, age_s = _holder(path)
-            if holder is None or holder.is_dead() or age_s > STALE_S:
-                _evict(path, holder, me.token)
+            if _abandoned(holder, age_s):
+                _evict(path)
                 continue
             message = f"{path.parent.name} is being built by {holder}, last sign of life {age_s:.0f} s ago"
             if not wait:
@@ -90,7 +92,8 @@ def heartbeat(path: Path) -> Iterator[None]:
 
     def beat() -> None:
         while not done.wait(HEARTBEAT_S):
-            if path.exists():
+            # It may be away for a moment, in the hands of one who looks whether to evict: the next beat counts.
+            with suppress(OSError):
                 os.utime(path)
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -109,12 +112,13 @@ def presence(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     me = Owner.this_process()
     for path in sorted(folder.glob("*.json")):
         other, age_s = _holder(path)
-        if other is None or other.is_dead() or age_s > STALE_S:
+        if _abandoned(other, age_s):
             path.unlink(missing_ok=True)
         else:
             say(f"{other} works on this run too, last sign of life {age_s:.0f} s ago; the first commit wins")
     mine = folder / f"{me.host}-{me.pid}.json"
-    mine.write_text(json.dumps(asdict(me)))
+    # Whole at once: what cannot be read counts as dead.
+    replace(mine, json.dumps(asdict(me)).encode())
     try:
         with heartbeat(mine):
             yield
@@ -124,16 +128,16 @@ def presence(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 def anyone_present(folder: Path) -> bool:
     """Whether a living driver has announced itself in `folder`."""
-    holders = (_holder(path) for path in folder.glob("*.json"))
-    return any(owner is not None and not owner.is_dead() and age_s <= STALE_S for owner, age_s in holders)
+    return not all(_abandoned(*_holder(path)) for path in folder.glob("*.json"))
 
 
 def _claim(draft: Path, path: Path) -> bool:
+    # Before the link: however long this one has waited, whoever looks next must see a sign of life.
+    os.utime(draft)
     try:
         os.link(draft, path)
     except FileExistsError:
         return False
-    os.utime(path)
     return True
 
 
@@ -144,16 +148,16 @@ def _holder(path: Path) -> tuple[Owner | None, float]:
         return None, 0.0
 
 
-def _evict(path: Path, holder: Owner | None, token: str) -> None:
-    # Renaming first: of two who evict, one gets the file and the other an error.
-    grave = path.with_name(f".{path.name}.evicted.{token}")
-    try:
-        os.rename(path, grave)
-    except FileNotFoundError:
-        return
-    evicted, _ = _holder(grave)
-    if evicted != holder:
-        # Somebody claimed it between the look and the rename: give it back, unless a third is there already.
-        with suppress(FileExistsError):
-            os.link(grave, path)
-    grave.unlink()
+def _abandoned(holder: Owner | None, age_s: float) -> bool:
+    return holder is None or holder.is_dead() or age_s > STALE_S
+
+
+def _evict(path: Path) -> None:
+    """Remove an abandoned lease; leave alone what somebody has claimed since the caller looked."""
+    with suppress(FileNotFoundError), path.open("r+b") as file:
+        # Of several who evict, one at a time looks again and removes, and the others find another file or none.
+        # A file system without locks leaves a moment in which two could.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()) and _abandoned(*_holder(path)):
+            path.unlink()

@@ -1,6 +1,6 @@
 """The protocols: what every engine and every backend implements, and what passes through them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -10,7 +10,7 @@ from pydantic import Field
 from selfalign.core.frozen import Frozen
 from selfalign.core.records import Message, Record
 from selfalign.core.shards import ShardReport
-from selfalign.core.stage import BuildStage, Built, Context, MapStage, Resources
+from selfalign.core.stage import BuildStage, Built, Context, Log, MapStage, Resources
 from selfalign.core.store import Artifact
 
 
@@ -99,6 +99,16 @@ class MapJob:
     resources: Resources
 
 
+@dataclass(frozen=True)
+class BuildJob:
+    """A build step to be done, into `folder`."""
+
+    stage: BuildStage
+    context: Context
+    folder: Path
+    resources: Resources
+
+
 class Backend(Protocol):
     """Runs steps somewhere. Whatever it does, shards are committed through `core.shards.run_shard`."""
 
@@ -106,15 +116,8 @@ class Backend(Protocol):
         """Run the shards of `job.todo`, calling `done` in this process after each."""
         ...
 
-    def build(
-        self,
-        stage: BuildStage,
-        context: Context,
-        folder: Path,
-        log: Callable[[Mapping[str, float]], None],
-        resources: Resources,
-    ) -> Built:
-        """Run a build into `folder`."""
+    def build(self, job: BuildJob, log: Log) -> Built:
+        """Run a build into its folder; `log` receives its measurements, at the latest when it ends."""
         ...
 
     def close(self) -> None:

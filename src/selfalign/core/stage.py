@@ -12,6 +12,7 @@ from pydantic import Field, JsonValue
 from selfalign.core.errors import InternalError
 from selfalign.core.frozen import Frozen
 from selfalign.core.identity import seed_for, step_identity
+from selfalign.core.ledger import Ledger
 from selfalign.core.records import Outcome, Record
 from selfalign.core.tables import read_kept
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound=Record)
 
 Settings = Mapping[str, Frozen | JsonValue]
+Log = Callable[[Mapping[str, float]], None]
 
 
 class Resources(Frozen):
@@ -161,10 +163,12 @@ class WholeStage(Stage):
 class Built:
     """What a build leaves: `content` names the files whose bytes are its result (never logs, times, paths).
 
-    `stop` ends the rounds: the steps that come after this one are skipped.
+    `ledger` accounts for the rows that it was meant to use, those that it could not use by reason. `stop` ends the
+    rounds: the steps that come after this one are skipped.
     """
 
     content: tuple[str, ...]
+    ledger: Ledger
     metrics: Mapping[str, JsonValue] = field(default_factory=dict)
     tokens: int = 0
     stop: str | None = None
@@ -175,7 +179,7 @@ class BuildStage(Stage):
     """Rows → files: training, evaluation. One process at a time, under a lease."""
 
     @abstractmethod
-    def build(self, context: Context, folder: Path, log: Callable[[Mapping[str, float]], None]) -> Built:
+    def build(self, context: Context, folder: Path, log: Log) -> Built:
         """Write the files into `folder`."""
 
 

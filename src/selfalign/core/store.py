@@ -106,9 +106,9 @@ class Store:
 
 def commit(path: Path, data: bytes) -> bool:
     """Write `data` under its final name, durably and all at once. False where somebody committed that name before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with draft.open("wb") as file:
                 file.write(data)
@@ -144,9 +144,9 @@ def commit_folder(draft: Path, final: Path) -> bool:
 
 def replace(path: Path, data: bytes) -> None:
     """Write a file that may change (run.json): readers see the old or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             draft.write_bytes(data)
             os.replace(draft, path)

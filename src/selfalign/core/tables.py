@@ -87,9 +87,13 @@ def read_kept(path: Path, record: type[R]) -> Iterator[R]:
 
 def read_outcomes(path: Path, record: type[R]) -> Iterator[R | Dropped]:
     """All rows of a shard. A dropped row carries its record as far as its columns are known."""
+    table = _read(path)
+    # Page checksums leave the footer out, and the names of the columns stand there.
+    if not table.schema.equals(schema(record)):
+        raise StorageError(f"{path} is damaged, or of another version: its columns are not a {record.__name__}'s")
     hints = typing.get_type_hints(record)
     lists = [name for name, hint in hints.items() if typing.get_origin(hint) is tuple]
-    for cells in _read(path).to_pylist():
+    for cells in table.to_pylist():
         meta = {f: cells.pop(f) for f in ("outcome", "reason", "detail", "units")}
         known = any(value is not None for name, value in cells.items() if name != "id")
         for name in lists:
@@ -104,6 +108,10 @@ def read_outcomes(path: Path, record: type[R]) -> Iterator[R | Dropped]:
 def ledger_of(path: Path) -> Ledger:
     """A shard's ledger by what it holds; `sources` and `in_` are the writer's to know."""
     ledger = Ledger()
-    for cells in _read(path, ["outcome", "reason", "units"]).to_pylist():
+    columns = ["outcome", "reason", "units"]
+    table = _read(path, columns)
+    if table.num_columns != len(columns):
+        raise StorageError(f"{path} is damaged: it lacks some of the columns {', '.join(columns)}")
+    for cells in table.to_pylist():
         ledger.count(cells["outcome"], cells["reason"], cells["units"])
     return ledger

@@ -79,7 +79,8 @@ class ScriptedEngine:
         table = rule.scores if rule and rule.scores else {}
         self.tokens += len(options)
         uniform = 1 / max(2, len(options))
-        return [Score(math.log(table.get(option, 1e-9 if table else uniform)), 1) for option in options]
+        shares = [table.get(option, 1e-9 if table else uniform) for option in options]
+        return [Score(math.log(share) if share > 0 else -math.inf, 1) for share in shares]
 
     def _rule(self, text: str, fits: Callable[[Rule], bool]) -> tuple[Rule | None, re.Match[str] | None]:
         for rule in self._rules:

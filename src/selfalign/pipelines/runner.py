@@ -15,7 +15,7 @@ from selfalign.core.errors import GateError, InternalError, LeaseHeldError, Self
 from selfalign.core.identity import code_digest, file_digest
 from selfalign.core.lease import Owner, lease, presence
 from selfalign.core.ledger import Ledger, total
-from selfalign.core.protocols import Backend, MapJob
+from selfalign.core.protocols import Backend, BuildJob, MapJob
 from selfalign.core.records import Record
 from selfalign.core.shards import ShardReport, input_rows, shard_ledger
 from selfalign.core.stage import BuildStage, Context, External, MapStage, Stage, Step, WholeStage
@@ -243,16 +243,15 @@ class Runner:
 
         draft = artifact.folder / f"draft-{owner.token}"
         draft.mkdir()
-        built = self.backend.build(stage, context, draft, log, step.resources)
+        built = self.backend.build(BuildJob(stage, context, draft, step.resources), log)
         if not commit_folder(draft, artifact.files):
             raise LeaseHeldError(f"{artifact.name}: somebody else took over and committed it; run again to use it")
         self._measure(artifact, {"tokens": built.tokens, "seconds": time.monotonic() - started})
-        rows = sum(_rows_in(s.manifest()) for s in context.inputs.values() if isinstance(s, Artifact))
         names = sorted(p.relative_to(artifact.folder).as_posix() for p in artifact.files.rglob("*") if p.is_file())
         return self._finish(
             step,
             artifact,
-            Ledger(sources=rows, in_=rows, kept=rows),
+            built.ledger,
             names,
             content=[f"files/{name}" for name in built.content],
             metrics=built.metrics,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, PositiveInt
 
@@ -25,6 +25,9 @@ from selfalign.stages.augment import AugmentConfig
 from selfalign.stages.curate.config import CurateConfig
 from selfalign.stages.curate.rate import RatingPrompt
 from selfalign.stages.prompting import chat, fill
+
+if TYPE_CHECKING:
+    from selfalign.data.readers import RawRow
 
 
 class ReplayConfig(Frozen):
@@ -109,26 +112,33 @@ class ComposeForward(WholeStage):
         return [row for row in rows if isinstance(row, SourceFile)]
 
     def _replay(self, context: Context) -> Iterator[Example | Dropped]:
-        from selfalign.data.readers import read_rows
+        from selfalign.data.readers import RawRow, read_rows
 
         prompt, replay = RatingPrompt.of(self.curate), self.config.rating_replay
         found = [row for file in self._replay_files(context) for row in read_rows(file)]
-        drawn = sorted((row.id for row in found), key=lambda id: seed_for(context.seed, id, "replay"))
+        usable = (row.id for row in found if isinstance(row, RawRow) and _texts(row) is not None)
+        drawn = sorted(usable, key=lambda id: seed_for(context.seed, id, "replay"))
         kept = set(drawn[: replay.rows if replay else None])
         for row in found:
             id = f"replay/{row.id}"
             if isinstance(row, Dropped):
                 yield quarantined(id, row.reason, row.detail or "", row.units)
                 continue
-            texts = [row.values.get(key) for key in ("prompt", "completion", "reply")]
-            if not all(isinstance(text, str) for text in texts):
+            texts = _texts(row)
+            if texts is None:
                 yield quarantined(id, "wrong_type", f"{row.where}: prompt, completion and reply must be texts")
             elif row.id not in kept:
                 yield rejected(id, "not_sampled")
             else:
-                question, answer, reply = (str(text) for text in texts)
+                question, answer, reply = texts
                 messages = prompt.messages(question, answer)
                 yield Example(id=id, kind="rating", prompt=messages, completion=_answer(reply), parents=(row.id,))
+
+
+def _texts(row: "RawRow") -> list[str] | None:
+    texts = [row.values.get(key) for key in ("prompt", "completion", "reply")]
+    known = [text for text in texts if isinstance(text, str)]
+    return known if len(known) == len(texts) else None
 
 
 def _example(row: Pair, kind: str, system: str | None) -> Example:

@@ -2,18 +2,20 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import JsonValue, PositiveInt, TypeAdapter, ValidationError
+from pydantic import JsonValue, PositiveInt, TypeAdapter, ValidationError, model_validator
 
 from selfalign.core.errors import UsageError
 from selfalign.core.frozen import Frozen, RecipePath
+from selfalign.core.ledger import Ledger
 from selfalign.core.protocols import Engine, Request, Sampling
 from selfalign.core.records import Message, Pair
-from selfalign.core.stage import BuildStage, Built, Context, Settings
+from selfalign.core.stage import BuildStage, Built, Context, Log, Settings
 from selfalign.engines.config import ModelConfig
 from selfalign.evaluation.metrics import (
     Interval,
@@ -48,6 +50,13 @@ class Question(Frozen):
     contains: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _can_be_wrong(self) -> "Question":
+        phrases = (*self.answers, *self.contains, *self.excludes)
+        if not phrases or not all(phrase.strip() for phrase in phrases):
+            raise ValueError("a question needs answers, contains or excludes, and none of them empty")
+        return self
+
     def is_right(self, reply: str) -> bool:
         """Whether a reply answers it."""
         if self.answers:
@@ -67,7 +76,8 @@ def read_questions(path: Path) -> list[Question]:
             questions.append(adapter.validate_json(line))
         except ValidationError as error:
             problem = error.errors()[0]
-            raise UsageError(f"{path}:{number}: {'.'.join(map(str, problem['loc']))} {problem['msg']}") from error
+            told = " ".join([*map(str, problem["loc"]), problem["msg"]])
+            raise UsageError(f"{path}:{number}: {told}") from error
     return questions
 
 
@@ -101,7 +111,7 @@ class Evaluate(BuildStage):
             settings["min_gain"] = self.config.min_gain
         return settings
 
-    def build(self, context: Context, folder: Path, log: Callable[[Mapping[str, float]], None]) -> Built:
+    def build(self, context: Context, folder: Path, log: Log) -> Built:
         engine, adapter = open_model(self.model, context)
         tokens = engine.tokens
         pairs = [pair for pair in context.rows("seed", Pair) if pair.split == "held_out"]
@@ -109,8 +119,10 @@ class Evaluate(BuildStage):
         questions = read_questions(context.path("questions")) if "questions" in context.inputs else []
         right, replies = self._answers(engine, adapter, questions, pairs)
         base = _rows(context, "base")
+        too_long = len(pairs) - len(losses)
+        ledger = Ledger(len(pairs), len(pairs), len(losses), Counter({"too_long": too_long} if too_long else {}))
         metrics: dict[str, JsonValue] = {
-            "held_out": {**_mean(losses), "too_long": len(pairs) - len(losses)},
+            "held_out": {**_mean(losses), "too_long": too_long},
             "exact_match": _share(right) if questions else None,
             "against_base": _differences(losses, right, base) if base else None,
         }
@@ -120,7 +132,7 @@ class Evaluate(BuildStage):
         before = _rows(context, "before")
         stop = self._stop(losses, right, before) if self.may_stop and before else None
         names = ("held_out.jsonl", "replies.jsonl", "metrics.json")
-        return Built(names, metrics, engine.tokens - tokens, stop)
+        return Built(names, ledger, metrics, engine.tokens - tokens, stop)
 
     def _prompt(self, text: str) -> tuple[Message, ...]:
         if self.direction == "backward":

@@ -1,6 +1,6 @@
 """Train the backward or the forward model on composed rows."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -8,8 +8,9 @@ from typing import ClassVar
 from pydantic import Field, PositiveInt
 
 from selfalign.core.errors import GateError
+from selfalign.core.ledger import Ledger
 from selfalign.core.records import Example
-from selfalign.core.stage import BuildStage, Built, Context, Settings
+from selfalign.core.stage import BuildStage, Built, Context, Log, Settings
 from selfalign.engines.config import ModelConfig
 from selfalign.engines.open import release
 from selfalign.stages.compose import ComposeConfig
@@ -46,7 +47,7 @@ class Train(BuildStage):
     def settings(self) -> Settings:
         return {"training": self.config, "engine": dict(self.model.loading())}
 
-    def build(self, context: Context, folder: Path, log: Callable[[Mapping[str, float]], None]) -> Built:
+    def build(self, context: Context, folder: Path, log: Log) -> Built:
         from selfalign.training.sft import train
 
         # The card holds one model: the engine that generated or rated gives way.
@@ -61,4 +62,6 @@ class Train(BuildStage):
         seed = context.seed if config.seed is None else config.seed
         trained = train(examples, self.model, config, folder, seed, log)
         (folder / "preflight.txt").write_text(trained.preflight.text() + "\n", encoding="utf-8")
-        return Built(trained.content, dict(trained.metrics), int(trained.metrics["tokens"]))
+        rows, too_long = int(trained.metrics["rows"]), int(trained.metrics["too_long"])
+        ledger = Ledger(len(examples), len(examples), rows, Counter({"too_long": too_long} if too_long else {}))
+        return Built(trained.content, ledger, dict(trained.metrics), int(trained.metrics["tokens"]))

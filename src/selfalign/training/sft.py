@@ -6,7 +6,7 @@ import math
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.core.errors import GateError, MismatchError
 from selfalign.core.records import Example
+from selfalign.core.stage import Log
 from selfalign.engines.config import ModelConfig
 from selfalign.engines.loading import load_model, load_tokenizer
 from selfalign.training.config import TrainConfig, refuse_contradictions
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-Log = Callable[[Mapping[str, float]], None]
 
 _logger = logging.getLogger(__name__)
 

@@ -2,7 +2,9 @@
 
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -10,8 +12,9 @@ from typing import ClassVar
 from pydantic import JsonValue
 
 from selfalign.core.errors import GateError
+from selfalign.core.ledger import Ledger
 from selfalign.core.records import Pair
-from selfalign.core.stage import BuildStage, Built, Context, Settings
+from selfalign.core.stage import BuildStage, Built, Context, Log, Settings
 from selfalign.core.store import Manifest
 from selfalign.engines.config import ModelConfig
 from selfalign.evaluation.metrics import auc, auc_interval
@@ -33,7 +36,7 @@ class Planted:
 def plant(pairs: Sequence[Pair], chance: random.Random) -> list[Planted]:
     """Each pair as it is, with another pair's response (`swapped`), and with its response cut short (`truncated`).
 
-    A cut falls between words, in the middle third and some; a response of one word cannot be cut and is left out.
+    A response of one word cannot be cut and is left out.
     """
     planted = [Planted(pair.id, "seed", pair.prompt, pair.completion) for pair in pairs]
     for n, pair in enumerate(pairs):
@@ -46,11 +49,16 @@ def plant(pairs: Sequence[Pair], chance: random.Random) -> list[Planted]:
 
 
 def truncated(text: str, chance: random.Random) -> str:
-    """The first 30 to 70 per cent of a text, ended between words; empty where it has a single word."""
-    end = round(len(text) * chance.uniform(0.3, 0.7))
-    spaces = [n for n, char in enumerate(text) if char.isspace()]
-    before = [n for n in spaces if 0 < n <= end] or spaces[:1]
-    return text[: before[-1]].rstrip() if before else ""
+    """The first 30 to 70 per cent of a text, ended after a word; where none ends there, the one nearest the middle.
+
+    Empty where it has a single word.
+    """
+    text = text.strip()
+    ends = [word.end() for word in re.finditer(r"\S+", text)][:-1]
+    inside = [end for end in ends if 0.3 * len(text) <= end <= 0.7 * len(text)]
+    if inside:
+        return text[: chance.choice(inside)]
+    return text[: min(ends, key=lambda end: abs(end - len(text) / 2))] if ends else ""
 
 
 @dataclass(frozen=True)
@@ -65,29 +73,35 @@ class Calibrate(BuildStage):
     def settings(self) -> Settings:
         return {**rating_settings(self.config, self.model), "max_off_scale": self.config.max_off_scale}
 
-    def build(self, context: Context, folder: Path, log: Callable[[Mapping[str, float]], None]) -> Built:
+    def build(self, context: Context, folder: Path, log: Log) -> Built:
         held_out = [pair for pair in context.rows("seed", Pair) if pair.split == "held_out"]
         planted = plant(held_out, random.Random(context.seed_for("planted")))
         engine, adapter = open_model(self.model, context)
         tokens = engine.tokens
         verdicts = rate(engine, adapter, [(p.id, p.prompt, p.completion) for p in planted], self.config)
         ratings: dict[str, list[float]] = {"seed": []}
-        unrated: dict[str, int] = {}
+        unrated: Counter[str] = Counter()
         with (folder / "planted.jsonl").open("w") as file:
             for pair, verdict in zip(planted, verdicts, strict=True):
                 reason = why_unrated(verdict["rating"], verdict["unrated"], verdict["off_scale"], self.config)
                 if reason is None and verdict["rating"] is not None:
                     ratings.setdefault(pair.kind, []).append(verdict["rating"])
                 elif reason is not None:
-                    unrated[reason] = unrated.get(reason, 0) + 1
+                    unrated[reason] += 1
                 file.write(json.dumps({"id": pair.id, "kind": pair.kind, **verdict, "unrated": reason}) + "\n")
         metrics = _metrics(ratings, unrated, len(planted))
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
-        return Built(("planted.jsonl", "metrics.json"), metrics, engine.tokens - tokens)
+        rated = sum(map(len, ratings.values()))
+        ledger = Ledger(len(held_out), len(planted), rated, unrated)
+        return Built(("planted.jsonl", "metrics.json"), ledger, metrics, engine.tokens - tokens)
 
     def check(self, manifest: Manifest) -> None:
         rated, area = manifest.metrics.get("rated"), manifest.metrics.get("auc")
         reasons = manifest.metrics.get("unrated")
+        if not manifest.metrics.get("planted") and (self.config.min_rated or self.config.min_auc):
+            raise GateError(
+                "calibration: no seed pairs are held out to test the rater on; hold some out (prepare.seed.held_out)"
+            )
         if not isinstance(rated, float) or rated < self.config.min_rated:
             raise GateError(
                 f"calibration: the rater gave a usable rating to {_percent(rated)} of the planted pairs, and "

@@ -123,7 +123,8 @@ def _expected(scores: Sequence[Score] | None, reply: str) -> Verdict:
         return _verdict(None, "too_long", reply=reply)
     dist = [math.exp(score.log_prob) for score in scores]
     on_scale = sum(dist)
-    if on_scale <= 0:
+    # NaN too, which a half-precision overflow gives, and which no threshold would stop.
+    if not on_scale > 0:
         return _verdict(None, "off_scale", off_scale=1.0, reply=reply)
     shares = [p / on_scale for p in dist]
     rating = sum(grade * share for grade, share in zip(GRADES, shares, strict=True))

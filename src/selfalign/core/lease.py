@@ -92,7 +92,7 @@ def heartbeat(path: Path) -> Iterator[None]:
 
     def beat() -> None:
         while not done.wait(HEARTBEAT_S):
-            # It may be away for a moment, in the hands of one who looks whether to evict: the next beat counts.
+            # A beat may fail, on a network file system say; the next one counts.
             with suppress(OSError):
                 os.utime(path)
 

@@ -49,7 +49,8 @@ class Journal:
     def _write(self, key: str, begin: bool) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            file.write(json.dumps({"key": key, "begin": begin}).encode() + b"\n")
+            # The line end comes first, so that a line that was torn before spoils no other.
+            file.write(b"\n" + json.dumps({"key": key, "begin": begin}).encode())
             file.flush()
             os.fsync(file.fileno())
 

@@ -89,7 +89,7 @@ def plan(arguments: Arguments) -> int:
         arm = f" [{step['arm']}]" if step["arm"] else ""
         console.print(f"{step['name'] + arm:40} {step['state']:8} {rows}", highlight=False, markup=False)
     todo = sum(step["state"] == "to run" for step in steps)
-    console.print(f"{len(steps) - todo} steps reused, {todo} to run, in {session.root}", highlight=False)
+    console.print(f"{len(steps) - todo} steps reused, {todo} to run, in {session.root}", highlight=False, markup=False)
     return 0
 
 
@@ -152,14 +152,16 @@ def _summary(root: Path, as_json: bool, steps: bool = False) -> int:
     if steps:
         console.print(steps_table(view))
     for line in figures(view):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     if (table := results_table(view)) is not None:
         console.print(table)
     model = view.final_model()
-    console.print(f"run: {root}" + ("" if view.complete else " (not complete)"), highlight=False)
+    console.print(f"run: {root}" + ("" if view.complete else " (not complete)"), highlight=False, markup=False)
     if model is not None:
-        console.print(f"final model: {model.files}\ncurated data: {view.curated()}", highlight=False, soft_wrap=True)
-        console.print(f"read it: selfalign show {root}", highlight=False)
+        console.print(
+            f"final model: {model.files}\ncurated data: {view.curated()}", highlight=False, markup=False, soft_wrap=True
+        )
+        console.print(f"read it: selfalign show {root}", highlight=False, markup=False)
     return 0
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from selfalign.core.shards import ShardReport
@@ -40,7 +41,7 @@ class Bars:
 
     def step_started(self, step: Step, total: int | None) -> None:
         """A new bar."""
-        self._task = self._progress.add_task(_title(step), total=total, more="")
+        self._task = self._progress.add_task(escape(_title(step)), total=total, more="")
         self._tokens, self._seconds, self._dropped = 0, 0.0, Counter()
 
     def shard_done(self, step: Step, report: ShardReport) -> None:
@@ -52,7 +53,7 @@ class Bars:
         self._dropped += report.ledger.rejected + report.ledger.quarantined
         more = [f"{n} {reason}" for reason, n in self._dropped.most_common(3)]
         more += [f"{self._tokens / self._seconds:,.0f} tokens/s"] if self._seconds and self._tokens else []
-        self._progress.update(self._task, advance=report.ledger.sources, more=" · ".join(more))
+        self._progress.update(self._task, advance=report.ledger.sources, more=escape(" · ".join(more)))
 
     def logged(self, step: Step, line: Mapping[str, float]) -> None:
         """The training's last words."""

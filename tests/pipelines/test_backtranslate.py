@@ -127,3 +127,15 @@ def test_contradicting_settings_are_refused_before_anything_loads(recipe: Path) 
 def test_a_model_that_is_nowhere_is_told_in_one_sentence(recipe: Path) -> None:
     with pytest.raises(UsageError, match=r"model\.path: no model at /nowhere/at/all"):
         made(recipe, "model.path=/nowhere/at/all")
+
+
+def test_the_main_arm_is_matched_to_and_never_matched_itself(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match="belong into an arm"):
+        made(recipe, "curate.match_size=uncurated")
+
+
+def test_a_broken_test_is_told_before_anything_is_trained(recipe: Path) -> None:
+    questions = recipe.parent / "broken.jsonl"
+    questions.write_text('{"prompt": "a"}\n')
+    with pytest.raises(UsageError, match=r"broken\.jsonl:1: .*needs answers"):
+        made(recipe, f"evaluate.forward_questions={questions}")

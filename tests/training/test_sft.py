@@ -218,7 +218,7 @@ def test_the_report_foretells_the_steps_and_the_last_one_is_logged(
     assert run.trained.metrics["steps"] == run.trained.preflight.steps == 6
     last = run.logged[-1]
     assert last["step"] == 6
-    assert set(last) == {"step", "loss", "learning_rate", "grad_norm", "tokens", "epoch"}
+    assert set(last) == {"step", "max_steps", "loss", "learning_rate", "grad_norm", "tokens", "epoch"}
     assert last["tokens"] == run.trained.metrics["tokens"] > run.trained.preflight.tokens
 
 

@@ -94,7 +94,7 @@ class Context:
 class Stage(ABC):
     """A value: name, version, configuration. `version` changes when its code computes something else.
 
-    `seeded` says whether the run's seed decides its output, `engine` whether it loads a model.
+    `seeded` says whether the run's seed decides its output.
     """
 
     name: ClassVar[str]

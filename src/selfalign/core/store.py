@@ -120,17 +120,15 @@ def commit(path: Path, data: bytes) -> bool:
             return False
         finally:
             draft.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        _sync(path.parent)
     return True
 
 
 def commit_folder(draft: Path, final: Path) -> bool:
     """Give a written folder its final name, durably. False where somebody committed that name before."""
     with _explained(final):
-        for path in draft.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+        for path in (draft, *draft.rglob("*")):
+            _sync(path)
         try:
             os.rename(draft, final)
         except OSError as error:
@@ -138,7 +136,7 @@ def commit_folder(draft: Path, final: Path) -> bool:
                 raise
             shutil.rmtree(draft)
             return False
-        sync_folder(final.parent)
+        _sync(final.parent)
     return True
 
 
@@ -148,15 +146,18 @@ def replace(path: Path, data: bytes) -> None:
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            draft.write_bytes(data)
+            with draft.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -62,6 +62,10 @@ def load_model(config: ModelConfig) -> "PreTrainedModel":
 
 
 def _fetch(auto_class: Any, config: ModelConfig, **extra: Any) -> Any:
+    from transformers.utils.logging import disable_progress_bar
+
+    # Of its bars for each file that is read or written; what is downloaded still shows its own.
+    disable_progress_bar()
     local = Path(config.path).is_dir()
     if not local and config.path.startswith((".", "/", "~")):
         raise UsageError(f"model.path: no folder {config.path!r}")

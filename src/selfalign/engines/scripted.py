@@ -28,7 +28,7 @@ from selfalign.engines.config import ModelConfig
 class Rule(Frozen):
     """One line of a script."""
 
-    match: str
+    match: re.Pattern[str]
     reply: str | None = None
     scores: dict[str, float] | None = None
     action: Literal["exit"] | None = None
@@ -84,7 +84,7 @@ class ScriptedEngine:
 
     def _rule(self, text: str, fits: Callable[[Rule], bool]) -> tuple[Rule | None, re.Match[str] | None]:
         for rule in self._rules:
-            found = re.search(rule.match, text, re.DOTALL)
+            found = re.compile(rule.match.pattern, re.DOTALL).search(text)
             if found and rule.action == "exit":
                 os._exit(1)
             if found and fits(rule):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from selfalign.core.errors import RecipeError
 from selfalign.core.stage import External, Resources, Stage, Step
@@ -13,7 +14,7 @@ from selfalign.stages.compose import ComposeBackward, ComposeForward
 from selfalign.stages.curate.calibrate import Calibrate
 from selfalign.stages.curate.rate import Rate
 from selfalign.stages.curate.select import KeepAll, Select
-from selfalign.stages.evaluate import Direction, Evaluate
+from selfalign.stages.evaluate import Direction, Evaluate, read_questions
 from selfalign.stages.prepare import PickCorpus, PickSeed, ReadCorpus, ReadSeed
 from selfalign.stages.train import Train
 from selfalign.training.config import TrainConfig, refuse_contradictions
@@ -23,6 +24,8 @@ Source = Step | External
 
 def steps(loaded: Loaded, externals: Externals) -> list[Step]:
     """The steps of the recipe and of all its arms. A step that an arm shares with an earlier one stands once."""
+    if loaded.recipe.curate.match_size or loaded.recipe.forward.match_exposure:
+        raise RecipeError("curate.match_size and forward.match_exposure belong into an arm: the main one is matched to")
     recipes: dict[str | None, Recipe] = {None: loaded.recipe}
     recipes.update(loaded.arms)
     built: dict[str | None, _Arm] = {}
@@ -204,6 +207,8 @@ class _Arm:
         key = f"{direction}_questions"
         if (path := getattr(config, key)) is not None:
             inputs["questions"] = self.externals.file(path, f"evaluate.{key}")
+            # A broken test is told now, not when the first model has been trained.
+            read_questions(Path(path))
         template = self.recipe.augment.prompt() if direction == "backward" else "{response}"
         stage = Evaluate(config, model.config, direction, template, may_stop="before" in links)
         return self.add(name, stage, inputs)

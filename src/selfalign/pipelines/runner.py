@@ -93,7 +93,6 @@ class Runner:
     backend: Backend
     listener: Listener
     wait: bool = True
-    extra: Mapping[str, JsonValue] | None = None
 
     def __post_init__(self) -> None:
         self.steps = in_order(self.steps)
@@ -325,8 +324,7 @@ class Runner:
             }
             for step in self.steps
         ]
-        document = {"steps": steps, **(self.extra or {})}
-        replace(self.store.root / "run.json", json.dumps(document, indent=1).encode())
+        replace(self.store.root / "run.json", json.dumps({"steps": steps}, indent=1).encode())
 
 
 def _rows_in(manifest: Manifest | None) -> int:

@@ -35,8 +35,11 @@ def find(model: str) -> tuple[ModelConfig, Path | None]:
     settings = folder / "adapter_config.json"
     if not settings.exists():
         return ModelConfig(path=str(folder) if folder.is_dir() else model), None
-    base = json.loads(settings.read_bytes()).get("base_model_name_or_path")
+    adapter = json.loads(settings.read_bytes())
+    base = adapter.get("base_model_name_or_path")
     if not base:
         raise UsageError(f"{settings} does not say which base its adapter belongs to")
     template = folder / "chat_template.jinja"
-    return ModelConfig(path=base, chat_template=str(template) if template.exists() else None), folder
+    return ModelConfig(
+        path=base, revision=adapter.get("revision"), chat_template=str(template) if template.exists() else None
+    ), folder

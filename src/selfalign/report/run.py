@@ -44,7 +44,10 @@ class StepView:
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The rows of a JSONL file among its files."""
         path = self.artifact.files / name
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        if not path.exists():
+            return []
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
 
 
 @dataclass(frozen=True)

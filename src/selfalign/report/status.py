@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import JsonValue
+from rich.markup import escape
 from rich.table import Table
 
 from selfalign.report.run import RunView, StepView
@@ -78,7 +79,7 @@ def measurements(run: RunView) -> Iterator[tuple[str, dict[str, Any]]]:
     """What was measured of each forward model: `base`, the arms by name (with the round, above 1), M0, M1, …"""
     for step in run.steps:
         if step.name == "evaluate.base":
-            model = "base"
+            model = "base" if step.arm is None else f"{step.arm} base"
         elif step.name.startswith("evaluate.forward@"):
             k = step.name.rpartition("@")[2]
             model = f"M{k}" if step.arm is None else step.arm if k == "1" else f"{step.arm} M{k}"
@@ -95,7 +96,7 @@ def _metrics(step: StepView | None) -> dict[str, Any]:
 def steps_table(run: RunView) -> Table:
     """The ledger as people read it."""
     table = Table(
-        "step", "state", "in", "kept", "dropped", "tokens", "seconds", title=str(run.root), title_justify="left"
+        "step", "state", "in", "kept", "dropped", "tokens", "seconds", title=escape(str(run.root)), title_justify="left"
     )
     for column in table.columns[2:4] + table.columns[5:]:
         column.justify = "right"
@@ -107,7 +108,8 @@ def steps_table(run: RunView) -> Table:
         }
         told = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         cells = [row["in"], row["kept"], told or step.message, row["tokens"] or None, row["seconds"]]
-        table.add_row(step.title, step.state, *("" if cell is None else str(cell) for cell in cells))
+        # Brackets are text here: rich would take `[arm]` for a style and drop it.
+        table.add_row(escape(step.title), step.state, *("" if cell is None else escape(str(cell)) for cell in cells))
     return table
 
 
@@ -130,7 +132,7 @@ def results_table(run: RunView) -> Table | None:
             _figure(loss["nats_per_token"]),
             _ends(loss["ci"]),
         ]
-        table.add_row(model, *cells, told)
+        table.add_row(escape(model), *cells, told)
     return table if table.row_count else None
 
 

@@ -55,6 +55,8 @@ class Question(Frozen):
         phrases = (*self.answers, *self.contains, *self.excludes)
         if not phrases or not all(phrase.strip() for phrase in phrases):
             raise ValueError("a question needs answers, contains or excludes, and none of them empty")
+        if self.answers and (self.contains or self.excludes):
+            raise ValueError("answers are matched exactly, so contains and excludes go with other questions")
         return self
 
     def is_right(self, reply: str) -> bool:
@@ -68,7 +70,8 @@ def read_questions(path: Path) -> list[Question]:
     """The questions of a JSONL file. Raises UsageError with file and line: a test must be whole or not run."""
     adapter, questions = TypeAdapter(Question), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold other line ends, U+2028 among them.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the questions in {path} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -115,14 +118,13 @@ class Evaluate(BuildStage):
         engine, adapter = open_model(self.model, context)
         tokens = engine.tokens
         pairs = [pair for pair in context.rows("seed", Pair) if pair.split == "held_out"]
-        losses = self._losses(engine, adapter, pairs)
+        losses, unmeasured = self._losses(engine, adapter, pairs)
         questions = read_questions(context.path("questions")) if "questions" in context.inputs else []
         right, replies = self._answers(engine, adapter, questions, pairs)
         base = _rows(context, "base")
-        too_long = len(pairs) - len(losses)
-        ledger = Ledger(len(pairs), len(pairs), len(losses), Counter({"too_long": too_long} if too_long else {}))
+        ledger = Ledger(len(pairs), len(pairs), len(losses), unmeasured)
         metrics: dict[str, JsonValue] = {
-            "held_out": {**_mean(losses), "too_long": too_long},
+            "held_out": {**_mean(losses), "unmeasured": dict(unmeasured)},
             "exact_match": _share(right) if questions else None,
             "against_base": _differences(losses, right, base) if base else None,
         }
@@ -139,16 +141,23 @@ class Evaluate(BuildStage):
             return chat(fill(self.template, response=text))
         return chat(text, self.config.system)
 
-    def _losses(self, engine: Engine, adapter: Path | None, pairs: Sequence[Pair]) -> dict[str, float]:
-        """Nats a token of each held-out completion (of the instruction, when backward); too long ones are left out."""
+    def _losses(
+        self, engine: Engine, adapter: Path | None, pairs: Sequence[Pair]
+    ) -> tuple[dict[str, float], Counter[str]]:
+        """Nats a token of each held-out completion (of the instruction, when backward), and why some have none."""
         asked = [(p.completion, p.prompt) if self.direction == "backward" else (p.prompt, p.completion) for p in pairs]
         requests = [Request(p.id, self._prompt(a)) for p, (a, _) in zip(pairs, asked, strict=True)]
         scores = engine.score(requests, [[answer] for _, answer in asked], adapter)
-        return {
-            pair.id: round(-score[0].log_prob / score[0].tokens, 5)
-            for pair, score in zip(pairs, scores, strict=True)
-            if score is not None and score[0].tokens
-        }
+        losses: dict[str, float] = {}
+        unmeasured: Counter[str] = Counter()
+        for pair, score in zip(pairs, scores, strict=True):
+            if score is None or not score[0].tokens:
+                unmeasured["too_long" if score is None else "no_tokens"] += 1
+            elif not math.isfinite(score[0].log_prob):
+                unmeasured["not_finite"] += 1
+            else:
+                losses[pair.id] = round(-score[0].log_prob / score[0].tokens, 5)
+        return losses, unmeasured
 
     def _answers(
         self, engine: Engine, adapter: Path | None, questions: Sequence[Question], pairs: Sequence[Pair]
@@ -236,4 +245,5 @@ def _write(path: Path, rows: Sequence[Mapping[str, JsonValue]]) -> None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

@@ -299,7 +299,13 @@ def _reporter(log: Log) -> Any:
             if not math.isfinite(logs["loss"]):
                 at = f"the loss is {logs['loss']} at step {state.global_step}"
                 raise GateError(f"{at}: lower learning_rate, or raise warmup_ratio")
-            log({"step": float(state.global_step), **{k: float(logs[k]) for k in wanted if k in logs}})
+            log(
+                {
+                    "step": float(state.global_step),
+                    "max_steps": float(state.max_steps),
+                    **{k: float(logs[k]) for k in wanted if k in logs},
+                }
+            )
 
     return Reporter()
 

@@ -69,7 +69,8 @@ def _few_shot(file: str | None) -> tuple[tuple[str, str, str], ...]:
         return ()
     shots = []
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold other line ends, U+2028 among them.
+        lines = Path(file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"curate.few_shot_file: {file} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):

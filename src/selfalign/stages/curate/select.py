@@ -1,7 +1,7 @@
 """Keep the pairs that are rated well enough: at most one a document."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from selfalign.core.errors import GateError
@@ -82,7 +82,8 @@ class KeepAll(WholeStage):
         chosen = _matched(list(first.values()), context)
         for row in rows:
             reason = "not_first" if first[row.parents] != row.id else "match_size" if row.id not in chosen else None
-            yield rejected(row.id, reason, row) if reason else row
+            unrated = Rated(**{f.name: getattr(row, f.name) for f in fields(row)})
+            yield rejected(row.id, reason, unrated) if reason else unrated
 
     def check(self, manifest: Manifest) -> None:
         if not manifest.ledger["kept"]:

@@ -1,0 +1,202 @@
+"""One shard: three tries for a row that kills, the ledger proved, one commit."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from selfalign.core.errors import InternalError
+from selfalign.core.records import Document, Dropped, Outcome, Record, SourceFile, rejected
+from selfalign.core.shards import Journal, run_shard
+from selfalign.core.stage import Context, MapStage, Process
+from selfalign.core.store import Artifact
+from selfalign.core.tables import read_outcomes, to_parquet
+
+# Processes the shard once. A row that says so takes the whole process with it, as a crash would.
+DRIVE = """
+import os, sys
+from pathlib import Path
+from core.test_shards import Upper, once
+def upper(rows):
+    with open(sys.argv[1] + ".log", "a") as log:
+        log.write(" ".join(row.id for row in rows) + chr(10))
+    for row in rows:
+        if row.text == sys.argv[2]:
+            os._exit(9)
+        yield Upper.one(row)
+once(Path(sys.argv[1]), upper)
+"""
+
+
+@dataclass(frozen=True)
+class Upper(MapStage):
+    """Upper case; two units a row when it says so."""
+
+    name: ClassVar[str] = "toy.upper"
+    record: ClassVar[type[Record]] = Document
+    output: ClassVar[type[Record]] = Document
+    batch_rows: ClassVar[int] = 4
+    per_row: int = 1
+
+    def open(self, context: Context) -> Process:
+        raise NotImplementedError
+
+    def units(self, row: Document) -> int:
+        return self.per_row
+
+    @staticmethod
+    def one(row: Document) -> Document:
+        return Document(id=row.id, source=row.source, text=row.text.upper())
+
+
+Work = Callable[[Sequence[Document]], Iterable[Outcome]]
+
+
+def plain(rows: Sequence[Document]) -> Iterable[Outcome]:
+    return [Upper.one(row) for row in rows]
+
+
+def once(folder: Path, work: Work, stage: MapStage = Upper()) -> Artifact:
+    artifact = Artifact(folder / "out", "id")
+    run_shard(stage, Process(work, lambda: 0), folder / "in.parquet", artifact, 0)
+    return artifact
+
+
+def put(folder: Path, texts: Sequence[str]) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    rows = [Document(id=f"d{n:02d}", source="s", text=text) for n, text in enumerate(texts)]
+    (folder / "in.parquet").write_bytes(to_parquet(rows, Document))
+    return [row.id for row in rows]
+
+
+def outcomes(artifact: Artifact) -> list[Outcome]:
+    return list(read_outcomes(artifact.shard(0), Document))
+
+
+def test_every_row_comes_out_once_and_the_report_balances(tmp_path: Path) -> None:
+    ids = put(tmp_path, ["b", "a", "c"] * 3)
+    tokens = iter([5, 12])
+    artifact = Artifact(tmp_path / "out", "id")
+    report = run_shard(Upper(), Process(plain, lambda: next(tokens)), tmp_path / "in.parquet", artifact, 0)
+    assert [row.id for row in outcomes(artifact)] == ids
+    assert report.tokens == 7
+    assert report.ledger.to_json() == {"sources": 9, "in": 9, "kept": 9, "rejected": {}, "quarantined": {}}
+
+
+def test_only_kept_rows_of_the_input_go_in(tmp_path: Path) -> None:
+    rows = [Document(id="a", source="s", text="x"), rejected("b", "empty", Document(id="b", source="s", text="y"))]
+    (tmp_path / "in.parquet").write_bytes(to_parquet(rows, Document))
+    assert [row.id for row in outcomes(once(tmp_path, plain))] == ["a"]
+
+
+def test_a_thing_outside_is_a_shard_of_its_own(tmp_path: Path) -> None:
+    file = SourceFile(id="f", path="/x", sha256="0", rows=2)
+    artifact = Artifact(tmp_path / "out", "id")
+    seen: list[object] = []
+
+    def read(files: Sequence[SourceFile]) -> Iterable[Outcome]:
+        seen.extend(files)
+        return [Document(id=f"f/{n}", source="f", text="t") for n in range(2)]
+
+    run_shard(Upper(per_row=2), Process(read, lambda: 0), file, artifact, 0)
+    assert seen == [file]
+    assert [row.id for row in outcomes(artifact)] == ["f/0", "f/1"]
+
+
+def test_a_second_writer_of_a_shard_changes_nothing_and_reports_what_is_there(tmp_path: Path) -> None:
+    put(tmp_path, ["a", "b"])
+    artifact = once(tmp_path, plain)
+    before = artifact.shard(0).read_bytes()
+    process = Process(lambda rows: [rejected(row.id, "changed") for row in rows], lambda: 0)
+    report = run_shard(Upper(), process, tmp_path / "in.parquet", artifact, 0)
+    assert artifact.shard(0).read_bytes() == before
+    assert report.ledger.kept == 2
+
+
+def test_an_id_that_comes_out_twice_is_a_bug_and_nothing_is_committed(tmp_path: Path) -> None:
+    put(tmp_path, ["a", "b"])
+    with pytest.raises(InternalError, match=r"out shard 0: id 'd01' came out twice"):
+        once(tmp_path, lambda rows: [*plain(rows), Upper.one(rows[-1])])
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+@pytest.mark.parametrize("lose", [0, 1])
+def test_units_that_are_lost_or_made_up_are_a_bug(tmp_path: Path, lose: int) -> None:
+    put(tmp_path, ["a", "b"])
+    added = [Document(id="new", source="s", text="t")]
+    with pytest.raises(InternalError, match="out shard 0: the ledger does not balance: 2 units in"):
+        once(tmp_path, lambda rows: [*plain(rows)[lose:], *(added * (1 - lose))])
+
+
+def test_a_row_of_several_units_must_account_for_each(tmp_path: Path) -> None:
+    put(tmp_path, ["a"])
+    with pytest.raises(InternalError, match="2 units in, 1 out"):
+        once(tmp_path, plain, Upper(per_row=2))
+
+
+def drive(folder: Path, poison: str) -> list[list[str]]:
+    """Run until it ends well; the ids that each batch of each try was given."""
+    for _ in range(6):
+        if subprocess.run([sys.executable, "-c", DRIVE, str(folder), poison], check=False).returncode == 0:
+            break
+    return [line.split() for line in Path(f"{folder}.log").read_text().splitlines()]
+
+
+def test_a_row_that_kills_its_process_is_tried_twice_whole_once_alone_and_then_quarantined(tmp_path: Path) -> None:
+    ids = put(tmp_path / "run", ["fine", "fine", "bad", "fine", "fine"])
+    tries = drive(tmp_path / "run", "bad")
+    whole, rest = ids[:4], ids[4:]
+    # The third process dies at the row alone; the fourth passes over it, and the rest completes.
+    alone = [[ids[0]], [ids[1]], [ids[2]]]
+    assert tries == [whole, whole, *alone, [ids[0]], [ids[1]], [ids[3]], rest]
+    found = outcomes(Artifact(tmp_path / "run" / "out", "id"))
+    (dropped,) = (row for row in found if isinstance(row, Dropped))
+    assert (dropped.id, dropped.reason, dropped.outcome) == (ids[2], "crashed_worker", "quarantined")
+    assert dropped.detail == "its worker died 3 times while processing it"
+    assert [row.id for row in found] == ids
+
+
+def test_a_crash_that_came_from_outside_costs_no_row(tmp_path: Path) -> None:
+    ids = put(tmp_path / "run", ["fine"] * 3)
+    for _ in range(2):
+        Journal(tmp_path / "run" / "out" / "journal-00000.jsonl")._write("batch 0", begin=True)
+    tries = drive(tmp_path / "run", "bad")
+    assert tries == [[id] for id in ids]
+    assert all(isinstance(row, Document) for row in outcomes(Artifact(tmp_path / "run" / "out", "id")))
+
+
+def test_an_exception_is_no_crash_and_is_never_counted_as_one(tmp_path: Path) -> None:
+    put(tmp_path, ["a", "b"])
+
+    def fails(rows: Sequence[Document]) -> Iterable[Outcome]:
+        raise OSError("the disk is full")
+
+    for _ in range(5):
+        with pytest.raises(OSError, match="the disk is full"):
+            once(tmp_path, fails)
+    seen: list[int] = []
+
+    def works(rows: Sequence[Document]) -> Iterable[Outcome]:
+        seen.append(len(rows))
+        return plain(rows)
+
+    assert all(isinstance(row, Document) for row in outcomes(once(tmp_path, works)))
+    assert seen == [2]
+
+
+def test_a_journal_whose_last_line_was_torn_reads_on(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.write_text(json.dumps({"key": "batch 0", "begin": True}) + '\n{"key": "batch 4", "be')
+    assert Journal(path).unfinished == {"batch 0": 1}
+
+
+def test_what_is_noted_after_a_torn_line_counts(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.write_text('{"key": "batch 4", "be')
+    Journal(path)._write("batch 0", begin=True)
+    assert Journal(path).unfinished == {"batch 0": 1}

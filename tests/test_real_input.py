@@ -44,7 +44,7 @@ def test_every_step_runs_on_the_real_files_and_explains_every_dropped_row(
     assert (found["prepare.read_seed"]["in"], found["prepare.read_seed"]["kept"]) == (953, 953)
     corpus = found["prepare.read_corpus"]
     assert (corpus["in"], corpus["kept"]) == (1030, 1000)
-    assert corpus["rejected"] == {"multi_turn": 29, "odd_turns": 1}
+    assert (corpus["rejected"], corpus["quarantined"]) == ({"multi_turn": 29}, {"odd_turns": 1})
     assert found["prepare.pick_corpus"]["kept"] == 150
     assert found["augment.generate"]["in"] == 150
     for step in found.values():

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfalign import __version__
-from selfalign.core.errors import SelfalignError, UsageError
+from selfalign.core.errors import PreemptedError, SelfalignError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +42,9 @@ def main(argv: Sequence[str]) -> int:
     if rest:
         # argparse takes settings only where they stand together; people put them anywhere.
         arguments.overrides = [*arguments.overrides, *rest]
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        # Slurm and Kubernetes end a job with these; the code tells them to start it again.
+        signal.signal(number, _preempted)
     try:
         return verb(arguments)
     except SelfalignError as error:
@@ -60,6 +64,10 @@ def main(argv: Sequence[str]) -> int:
         traceback.print_exc()
         print("selfalign: this is a bug; please report the lines above", file=sys.stderr)
         return 70
+
+
+def _preempted(number: int, frame: object) -> None:
+    raise PreemptedError(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
 
 
 def run(arguments: Arguments) -> int:
@@ -112,10 +120,12 @@ def show(arguments: Arguments) -> int:
 
 def generate(arguments: Arguments) -> int:
     """Ask a trained model."""
+    from selfalign.core.protocols import Sampling
     from selfalign.report.ask import ask
 
-    prompts = [arguments.prompt] if arguments.prompt is not None else Path(arguments.file).read_text().splitlines()
-    replies = ask(arguments.model, prompts, arguments.max_new_tokens, arguments.temperature, arguments.seed)
+    prompts = [arguments.prompt] if arguments.prompt is not None else _lines(Path(arguments.file))
+    sampling = Sampling(temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens)
+    replies = ask(arguments.model, prompts, sampling, arguments.seed)
     for prompt, reply in zip(prompts, replies, strict=True):
         print(json.dumps({"prompt": prompt, "response": reply}, ensure_ascii=False) if arguments.json else reply)
     return 0
@@ -132,6 +142,25 @@ def demo(arguments: Arguments) -> int:
         raise UsageError("selfalign demo build-base needs a folder to write to")
     build_base(Path(arguments.folder), print)
     return 0
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--file: {path} cannot be read: {error}") from error
+
+
+def _number(least: float, kind: type[int] | type[float]) -> Callable[[str], float]:
+    """An argument's type: a number that is at least so large."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least:g}")
+        return value
+
+    return number
 
 
 def _folder(arguments: Arguments) -> Path | None:
@@ -225,14 +254,14 @@ def _parser() -> argparse.ArgumentParser:
     shower = verb("show", show, "selfalign show runs/demo --pairs 3")
     shower.add_argument("run", metavar="DIR")
     for what in ("pairs", "high", "low", "responses"):
-        shower.add_argument(f"--{what}", type=int, default=5, metavar="N")
+        shower.add_argument(f"--{what}", type=_number(0, int), default=5, metavar="N")
     asker = verb("generate", generate, 'selfalign generate runs/demo --prompt "What is the capital of Vage?"')
     asker.add_argument("model", metavar="MODEL", help="a model's or an adapter's folder, or a run's (its last model)")
     source = asker.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--file", metavar="FILE", help="a prompt a line")
-    asker.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    asker.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    asker.add_argument("--max-new-tokens", type=_number(1, int), default=256, metavar="N")
+    asker.add_argument("--temperature", type=_number(0, float), default=0.0, metavar="T", help="0 is greedy")
     asker.add_argument("--seed", type=int, default=0)
     demos = verb("demo", demo, "selfalign demo base")
     demos.add_argument("what", choices=("base", "build-base"), help="print the base's folder, or train it anew")

@@ -1,10 +1,11 @@
 """A recipe: the sections' configurations as one document, and its arms."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, JsonValue, PositiveInt, model_validator
 
 from selfalign.core import yaml_config
 from selfalign.core.frozen import Frozen
@@ -32,7 +33,7 @@ class Recipe(Frozen):
     """The whole truth of a run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     model: ModelConfig
     prepare: PrepareConfig
     backward: BackwardConfig = BackwardConfig()
@@ -46,8 +47,9 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _arm_names(self) -> "Recipe":
-        if self.arms and "main" in self.arms:
-            raise ValueError("arms: main is the recipe itself; give the arm another name")
+        for name in self.arms or {}:
+            if name in ("main", "base") or re.fullmatch(r"M\d+", name):
+                raise ValueError(f"arms: {name} means something already in the results; give the arm another name")
         return self
 
 

@@ -131,11 +131,11 @@ def test_an_input_that_is_not_complete_or_not_a_steps_is_a_bug(tmp_path: Path) -
     artifact = stored(tmp_path)
     context = Context("stage", 3, {"rows": artifact, "file": External("/here", "digest")})
     with pytest.raises(InternalError, match="stage runs before its input 'rows' is complete"):
-        context.metrics("rows")
+        context.manifest("rows")
     with pytest.raises(InternalError, match="input 'file' is not a step's output"):
         list(context.rows("file", Document))
     artifact.finish(Manifest("toy", "01", "x", {}, {}, {}, metrics={"auc": 0.5}))
-    assert context.metrics("rows") == {"auc": 0.5}
+    assert context.manifest("rows").metrics == {"auc": 0.5}
 
 
 def test_a_rows_seed_is_its_own_in_each_stage_and_run() -> None:

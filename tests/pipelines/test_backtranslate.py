@@ -80,7 +80,8 @@ def test_the_seed_changes_all_that_is_drawn_and_the_model_all_that_it_makes(reci
     slotted = identities(recipe, "model.slots=4")
     kept = {key for key in before if before[key] == slotted[key]}
     prepared = {f"prepare.{verb}_{what}" for verb in ("read", "pick") for what in ("seed", "corpus")}
-    assert kept == {*prepared, "backward.compose", "forward.compose@0"}
+    # Fewer slots, after the engine ran out of memory, rate anew but train nothing of what precedes.
+    assert kept == {*prepared, "backward.compose", "backward.train", "forward.compose@0", "forward.train@0"}
 
 
 def test_a_changed_prompt_file_changes_what_uses_it(recipe: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_gate_runs_before_training_that_it_does_not_need(recipe: Path) -> None
     names = [step.name for step in made(recipe, "curate.rater.model=base")]
     assert names.index("curate.calibrate@1") < names.index("backward.train")
     names = [step.name for step in made(recipe)]
-    assert names.index("forward.train@0") < names.index("curate.calibrate@1") < names.index("backward.train")
+    assert names.index("forward.train@0") < names.index("curate.calibrate@1") < names.index("forward.train@1")
 
 
 def test_a_rater_of_its_own_needs_no_seed_model(recipe: Path) -> None:

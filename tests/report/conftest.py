@@ -31,6 +31,7 @@ class Run:
         rows: Sequence[Outcome] = (),
         record: type[Record] | None = None,
         files: Mapping[str, str] | None = None,
+        stop: str | None = None,
     ) -> Path:
         """Its artifact's folder."""
         artifact = self.store.artifact(name.split("@")[0], f"{len(self.steps):016x}")
@@ -41,7 +42,7 @@ class Run:
         if state == "done":
             counts = {"sources": 3, "in": 3, "kept": 3, "rejected": {}, "quarantined": {}, **(ledger or {})}
             artifact.finish(
-                Manifest(name, artifact.identity, "f" * 64, {}, {}, counts, metrics or {}, tokens=7, seconds=1.5)
+                Manifest(name, artifact.identity, "f" * 64, {}, {}, counts, metrics or {}, stop, tokens=7, seconds=1.5)
             )
         step = {"name": name, "arm": arm, "artifact": artifact.name, "state": state, "message": None}
         self.steps.append(step)

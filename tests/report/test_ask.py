@@ -7,7 +7,16 @@ import pytest
 
 from report.conftest import Run
 from selfalign.core.errors import UsageError
+from selfalign.recipe import Recipe
 from selfalign.report.ask import find
+
+
+def recipe(run: Run) -> None:
+    source = {"path": "x.jsonl"}
+    model = {"path": "org/base", "quantisation": "nf4", "chat_template": "plain"}
+    document = {"name": "a", "model": model, "prepare": {"seed": source, "corpus": source}}
+    made = Recipe.model_validate({**document, "evaluate": {"system": "Be brief."}})
+    (run.store.root / "recipe.json").write_text(made.model_dump_json())
 
 
 def adapter(base: str) -> str:
@@ -16,16 +25,16 @@ def adapter(base: str) -> str:
 
 def test_a_folder_of_weights_and_a_hub_name_are_taken_as_they_are(tmp_path: Path) -> None:
     for name in (str(tmp_path), "org/name"):
-        config, found = find(name)
-        assert (config.path, found) == (name, None)
+        found = find(name)
+        assert (found.config.path, found.adapter, found.system) == (name, None, None)
 
 
 def test_an_adapter_brings_its_base_and_its_template(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(adapter("org/base"))
-    config, found = find(str(tmp_path))
-    assert (config.path, config.chat_template, found) == ("org/base", None, tmp_path)
+    found = find(str(tmp_path))
+    assert (found.config.path, found.config.chat_template, found.adapter) == ("org/base", None, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("x")
-    assert find(str(tmp_path))[0].chat_template == str(tmp_path / "chat_template.jinja")
+    assert find(str(tmp_path)).config.chat_template == str(tmp_path / "chat_template.jinja")
 
 
 @pytest.mark.parametrize("text", ["{}", '{"base_model_name_or_path": null}', '{"base_model_name_or_path": ""}'])
@@ -41,15 +50,26 @@ def test_a_run_is_asked_by_its_last_main_forward_model(run: Run) -> None:
     }
     run.add("forward.train@11", state="waiting")
     run.add("forward.train@12", arm="other", files={"adapter_config.json": adapter("org/other")})
-    config, found = find(str(run.store.root))
-    assert config.path == "org/base10"
-    assert found == folders[10] / "files"
+    recipe(run)
+    found = find(str(run.store.root))
+    assert found.config.path == "org/base10"
+    assert found.adapter == folders[10] / "files"
+    # As it was evaluated: quantised, and under the recipe's system prompt.
+    assert (found.config.quantisation, found.system) == ("nf4", "Be brief.")
 
 
 def test_a_run_trained_in_full_is_asked_by_its_folder(run: Run) -> None:
     folder = run.add("forward.train@1", files={"config.json": "{}"})
-    config, found = find(str(run.store.root))
-    assert (config.path, found) == (str(folder / "files"), None)
+    recipe(run)
+    found = find(str(run.store.root))
+    assert (found.config.path, found.config.chat_template, found.adapter) == (str(folder / "files"), None, None)
+
+
+def test_where_a_guard_stopped_the_rounds_the_model_before_is_the_final_one(run: Run) -> None:
+    for k in (1, 2):
+        run.add(f"forward.train@{k}", files={"config.json": "{}"})
+        run.add(f"evaluate.forward@{k}", stop="no better" if k == 2 else None)
+    assert run.view().final_round == 1
 
 
 def test_a_run_without_a_model_says_so(run: Run) -> None:

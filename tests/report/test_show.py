@@ -65,6 +65,8 @@ def replies(*ids: str) -> dict[str, str]:
 
 
 def test_replies_are_the_last_models_to_what_a_user_would_ask(run: Run) -> None:
+    run.add("forward.train@1")
+    run.add("forward.train@2")
     run.add("evaluate.forward@1", files=replies("old"))
     run.add("evaluate.forward@2", files=replies("question/00000", "seed/1", "seed/2"))
     run.add("evaluate.forward@2", arm="other", files=replies("other"))
@@ -73,6 +75,7 @@ def test_replies_are_the_last_models_to_what_a_user_would_ask(run: Run) -> None:
 
 
 def test_where_only_questions_were_asked_they_are_shown(run: Run) -> None:
+    run.add("forward.train@1")
     run.add("evaluate.forward@1", files=replies("question/00000"))
     assert len(shown(run.view(), 0, 0, 0, 5)["responses"]) == 1
 

@@ -19,7 +19,9 @@ Seen = Callable[..., Context]
 
 
 def pairs(count: int, start: int = 0) -> list[Pair]:
-    return [Pair(id=f"seed/{n:04d}", source="s", prompt="q", completion="a") for n in range(start, start + count)]
+    return [
+        Pair(id=f"seed/{n:04d}", source="s", prompt=f"q{n}", completion=f"a{n}") for n in range(start, start + count)
+    ]
 
 
 def split(rows: list[Pair], seed: int = 0, **config: object) -> dict[str, str | None]:
@@ -44,6 +46,19 @@ def test_every_pair_that_is_kept_is_in_one_split() -> None:
     found = split(pairs(30), held_out=8)
     assert sorted(found.values()) == ["held_out"] * 8 + ["train"] * 22
     assert set(split(pairs(30), held_out=0).values()) == {"train"}
+
+
+def test_a_pair_that_shares_a_text_with_a_held_out_one_is_neither_trained_on_nor_measured() -> None:
+    rows = [Pair(id=f"s/{n}", source="s", prompt=f"q{n // 2}", completion=f"a{n // 3}") for n in range(60)]
+    found = split(rows, held_out=5)
+    by_id = {row.id: row for row in rows}
+    held = [by_id[id] for id, name in found.items() if name == "held_out"]
+    assert len(held) == 5
+    assert len({row.prompt for row in held}) == len({row.completion for row in held}) == 5
+    texts = {text for row in held for text in (row.prompt, row.completion)}
+    for id, name in found.items():
+        shares = bool(texts & {by_id[id].prompt, by_id[id].completion})
+        assert name == "held_out" or (name == "like_held_out") == shares
 
 
 def test_held_out_pairs_come_from_the_sample_and_the_rest_is_accounted_for() -> None:
@@ -100,7 +115,14 @@ def test_documents_are_drawn_from_those_that_pass_the_filters() -> None:
 
 
 def manifest(kept: int, **dropped: int) -> Manifest:
-    return Manifest("s", "i", "c", {}, {}, {"kept": kept, "rejected": dropped, "quarantined": {"bad_json": 3}})
+    return Manifest(
+        "s",
+        "i",
+        "c",
+        {},
+        {},
+        {"sources": 0, "in": 0, "kept": kept, "rejected": dropped, "quarantined": {"bad_json": 3}},
+    )
 
 
 def test_the_seed_gate_wants_a_pair_to_train_on() -> None:

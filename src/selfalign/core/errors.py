@@ -41,6 +41,12 @@ class ServiceError(SelfalignError):
     exit_code = 69
 
 
+class PreemptedError(SelfalignError):
+    """The process was asked to end; what is committed stays, and the same command goes on."""
+
+    exit_code = 75
+
+
 class InternalError(SelfalignError):
     """A broken invariant: a bug in selfalign, never the user's fault."""
 

@@ -35,7 +35,9 @@ class Owner:
 
     def is_dead(self) -> bool:
         """Whether the process is known to have ended; False where it cannot be known (another host)."""
-        return self.host == socket.gethostname() and _start_time(self.pid) != self.started
+        # Where the system tells no start times, only the heartbeat can say.
+        known = self.started and self.host == socket.gethostname()
+        return bool(known) and _start_time(self.pid) != self.started
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"

@@ -63,10 +63,6 @@ class Context:
         source = self.inputs[role]
         return Path(source.path) if isinstance(source, External) else source.files
 
-    def metrics(self, role: str) -> Mapping[str, JsonValue]:
-        """What the input measured of itself."""
-        return self.manifest(role).metrics
-
     def manifest(self, role: str) -> "Manifest":
         """The manifest of an input made by a step."""
         manifest = self._artifact(role).manifest()
@@ -103,6 +99,10 @@ class Stage(ABC):
 
     def settings(self) -> Settings:
         """What identity counts, beside the inputs. Gates are left out: they decide no bytes."""
+        return {}
+
+    def gates(self) -> Settings:
+        """What the gate wants; two steps that want different things are two, whatever they share."""
         return {}
 
     def check(self, manifest: "Manifest") -> None:

@@ -10,12 +10,13 @@ import json
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 
 from selfalign.core.errors import MismatchError, StorageError
 from selfalign.core.identity import digest, file_digest
@@ -190,6 +191,14 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, str]) -> None:
 
 def balanced(manifest: Manifest) -> Ledger:
     """The manifest's ledger as counts."""
-    return Ledger(
-        **{("in_" if key == "in" else key): value for key, value in manifest.ledger.items()}  # type: ignore[arg-type]
-    )
+    counts = TypeAdapter(dict[str, int | dict[str, int]]).validate_python(manifest.ledger)
+    whole = {key: value for key, value in counts.items() if isinstance(value, int)}
+    parts = {key: Counter(value) for key, value in counts.items() if isinstance(value, dict)}
+    return Ledger(whole["sources"], whole["in"], whole["kept"], parts["rejected"], parts["quarantined"])
+
+
+def dropped(manifest: Manifest) -> str:
+    """What a step dropped and why, for a gate's message."""
+    ledger = balanced(manifest)
+    told = ", ".join(f"{n} {reason}" for reason, n in (ledger.rejected + ledger.quarantined).items())
+    return f"dropped here: {told or 'nothing'}; `selfalign status` has the counts of the steps before"

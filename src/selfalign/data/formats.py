@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from selfalign.core.errors import MismatchError
-from selfalign.core.records import Document, Dropped, Message, Pair, SourceFile, rejected
+from selfalign.core.records import Document, Dropped, Message, Pair, SourceFile, quarantined, rejected
 from selfalign.data.readers import RawRow, Unusable, read_rows
 
 FormatName = Literal["messages", "prompt_completion", "lima", "guanaco", "document"]
@@ -134,7 +134,7 @@ def to_pair(row: RawRow, turns: Turns) -> Pair | Dropped:
         return rejected(row.id, "roles_out_of_order" if len(spoken) > 1 else "no_prompt", detail=row.where)
     prompt, completion = (clean(turn["content"]) for turn in spoken[:2])
     if not prompt or not completion:
-        return rejected(row.id, "empty_response" if prompt else "empty_prompt", detail=row.where)
+        return quarantined(row.id, "empty_response" if prompt else "empty_prompt", row.where)
     return Pair(id=row.id, source=row.source, license=_license(row), prompt=prompt, completion=completion)
 
 
@@ -148,11 +148,14 @@ def to_document(row: RawRow, turns: Turns) -> Document | Dropped:
         return rejected(row.id, "no_response", detail=row.where)
     if roles not in (["assistant"], ["user", "assistant"]):
         alternating = roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2)
-        reason = "roles_out_of_order" if not alternating else "odd_turns" if len(roles) % 2 else "multi_turn"
-        return rejected(row.id, reason, detail=row.where)
+        if not alternating:
+            return rejected(row.id, "roles_out_of_order", detail=row.where)
+        if len(roles) % 2:
+            return quarantined(row.id, "odd_turns", row.where)
+        return rejected(row.id, "multi_turn", detail=row.where)
     text = clean(next(turn["content"] for turn in turns if turn["role"] == "assistant"))
     if not text:
-        return rejected(row.id, "empty_response", detail=row.where)
+        return quarantined(row.id, "empty_response", row.where)
     return Document(id=row.id, source=row.source, license=_license(row), text=text)
 
 

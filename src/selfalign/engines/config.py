@@ -33,7 +33,9 @@ class ModelConfig(Frozen):
 
 
 def template_text(name: str) -> str:
-    """The chat template called `name`: a file, or one of ours without its ending."""
+    """The chat template called `name`: a file, or one of ours without its ending. A template itself stays as it is."""
+    if "{{" in name or "{%" in name:
+        return name
     ours = TEMPLATES / f"{name}.jinja"
     path = ours if ours.is_file() else Path(name)
     try:

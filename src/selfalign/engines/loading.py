@@ -51,7 +51,7 @@ def load_model(config: ModelConfig) -> "PreTrainedModel":
     elif config.quantisation == "int8":
         extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _fetch(AutoModelForCausalLM, config, dtype=dtype, device_map={"": device}, **extra)
+    model = _fetch(AutoModelForCausalLM, config, use_safetensors=True, dtype=dtype, device_map={"": device}, **extra)
     if device == "cpu":
         for module in model.modules():
             # bitsandbytes repacks NF4 weights for bfloat16 CPUs on first use, and loses bits when a later look at the

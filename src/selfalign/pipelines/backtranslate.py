@@ -29,7 +29,7 @@ def steps(loaded: Loaded, externals: Externals) -> list[Step]:
     recipes: dict[str | None, Recipe] = {None: loaded.recipe}
     recipes.update(loaded.arms)
     built: dict[str | None, _Arm] = {}
-    shared: dict[tuple[str, str], Step] = {}
+    shared: dict[tuple[str, str, str], Step] = {}
     for name in _by_reference(recipes):
         built[name] = _Arm(name, recipes[name], externals, built, shared)
         built[name].unroll()
@@ -83,7 +83,7 @@ class _Arm:
         recipe: Recipe,
         externals: Externals,
         others: Mapping[str | None, "_Arm"],
-        shared: dict[tuple[str, str], Step],
+        shared: dict[tuple[str, str, str], Step],
     ) -> None:
         self.name, self.recipe, self.externals, self.others = name, recipe, externals, others
         self.steps: dict[str, Step] = {}
@@ -95,7 +95,7 @@ class _Arm:
         """The step, which may be one that another arm has made already."""
         resources: Resources = getattr(self.recipe.resources, name.split(".")[0])
         step = Step(name, stage, inputs, self.recipe.seed, self.name, after, resources)
-        self.steps[name] = self._shared.setdefault((name, step.identity), step)
+        self.steps[name] = self._shared.setdefault((name, step.identity, str(stage.gates())), step)
         return self.steps[name]
 
     def unroll(self) -> None:
@@ -103,6 +103,9 @@ class _Arm:
         recipe = self.recipe
         refuse_contradictions(recipe.backward, self.base.config)
         refuse_contradictions(recipe.forward, self.base.config)
+        needs_m0 = recipe.curate.rater.model == "previous" and recipe.curate.keep == "rated"
+        if needs_m0 and not recipe.forward.include_seed:
+            raise RecipeError("curate.rater.model=previous needs M0, and forward.include_seed=false leaves it no row")
         self.seed, self.corpus = self.prepare()
         backward = self.backward()
         generate = Generate(recipe.augment, self.base.config)
@@ -111,7 +114,7 @@ class _Arm:
         self.measured_base = self.evaluate("evaluate.base", self.base, "forward", {})
         model = self.base
         before: Step | None = None
-        if recipe.curate.rater.model == "previous" and recipe.curate.keep == "rated":
+        if needs_m0:
             model = self.train_forward(0, None)
             before = self.evaluate("evaluate.forward@0", model, "forward", {"base": self.measured_base})
         for k in range(1, recipe.rounds + 1):
@@ -206,9 +209,10 @@ class _Arm:
         inputs: dict[str, Source] = {"seed": self.seed, **model.inputs, **links}
         key = f"{direction}_questions"
         if (path := getattr(config, key)) is not None:
-            inputs["questions"] = self.externals.file(path, f"evaluate.{key}")
+            questions = self.externals.file(path, f"evaluate.{key}")
+            inputs["questions"] = questions
             # A broken test is told now, not when the first model has been trained.
-            read_questions(Path(path))
+            read_questions(Path(questions.path))
         template = self.recipe.augment.prompt() if direction == "backward" else "{response}"
         stage = Evaluate(config, model.config, direction, template, may_stop="before" in links)
         return self.add(name, stage, inputs)

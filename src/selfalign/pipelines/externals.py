@@ -1,5 +1,6 @@
 """Pin what lies outside the run: files and models by digest, Hub names by commit."""
 
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,9 @@ from selfalign.core.identity import digest, file_digest
 from selfalign.core.stage import External
 from selfalign.data.config import SourceConfig
 from selfalign.data.sources import pin_key, resolve
-from selfalign.engines.config import ModelConfig, on_this_machine
+from selfalign.engines.config import ModelConfig, on_this_machine, template_text
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -20,6 +23,7 @@ class Externals:
 
     pinned: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
 
     def source(self, config: SourceConfig, setting: str) -> External:
         """The files of a source, each a row."""
@@ -31,14 +35,23 @@ class Externals:
 
     def file(self, path: str, setting: str) -> External:
         """A file that a stage reads whole."""
-        found = resolve(path, Path.cwd(), setting=setting)
+        found = resolve(path, Path.cwd(), None, self.pinned, setting=setting)
+        if found.commit is not None:
+            self.pinned[pin_key(path, None)] = found.commit
         if len(found.files) != 1:
             raise UsageError(f"{setting}: {path} holds {len(found.files)} files; name one")
         return External(found.files[0].path, found.files[0].sha256, found.files)
 
     def model(self, config: ModelConfig, setting: str) -> tuple[ModelConfig, External]:
         """The model as it will be loaded on this machine, at a pinned commit, and its digest."""
-        config = on_this_machine(config)
+        resolved = on_this_machine(config)
+        if resolved.dtype != config.dtype and config.path not in self._told:
+            self._told.add(config.path)
+            _logger.info("no accelerator here: %s is loaded in %s, not %s", config.path, resolved.dtype, config.dtype)
+        config = resolved
+        if config.chat_template is not None:
+            # By its text, so that a file that changes meanwhile, or is not there on a worker, does no harm.
+            config = config.model_copy(update={"chat_template": template_text(config.chat_template)})
         path = Path(config.path).expanduser()
         if path.exists():
             config = config.model_copy(update={"path": str(path.resolve()), "revision": None})

@@ -11,12 +11,12 @@ from typing import Literal, Protocol
 
 from pydantic import JsonValue
 
-from selfalign.core.errors import GateError, InternalError, LeaseHeldError, SelfalignError, UsageError
+from selfalign.core.errors import GateError, InternalError, LeaseHeldError, SelfalignError, StorageError, UsageError
 from selfalign.core.identity import code_digest, file_digest
 from selfalign.core.lease import Owner, lease, presence
 from selfalign.core.ledger import Ledger, total
 from selfalign.core.protocols import Backend, BuildJob, MapJob
-from selfalign.core.records import Record
+from selfalign.core.records import Record, SourceFile
 from selfalign.core.shards import ShardReport, input_rows, shard_ledger
 from selfalign.core.stage import BuildStage, Context, External, MapStage, Stage, Step, WholeStage
 from selfalign.core.store import (
@@ -79,9 +79,16 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
             ordered[step.key] = step
 
     gates = [step for step in steps if type(step.stage).check is not Stage.check]
-    for step in [*gates, *steps]:
+    # The fewer builds a gate waits for, the earlier: one that needs no training comes before any training.
+    for step in [*sorted(gates, key=lambda gate: len(_builds(gate) - {gate.identity})), *steps]:
         visit(step)
     return list(ordered.values())
+
+
+def _builds(step: Step) -> set[str]:
+    """The builds that must be done before a step."""
+    own = {step.identity} if isinstance(step.stage, BuildStage) else set()
+    return own.union(*(_builds(parent) for parent in step.parents()))
 
 
 @dataclass
@@ -103,15 +110,20 @@ class Runner:
     def run(self, wanted: Callable[[Step], bool] = lambda step: True) -> None:
         """Run the wanted steps. Raises what a failing step raises, after writing it into run.json."""
         with presence(self.store.root / "drivers", self.listener.note):
-            for step in self.steps:
-                self._settle(step)
+            self.look()
             self._save()
             for step in self.steps:
-                if wanted(step) and self.states[step.key] == "waiting":
+                if wanted(step) and self.states[step.key] in ("waiting", "failed"):
                     self._advance(step)
                 else:
                     self._settle(step)
             self._save()
+
+    def look(self) -> Mapping[str, State]:
+        """What is done, failed or behind a stop already. Runs nothing."""
+        for step in self.steps:
+            self._settle(step)
+        return self.states
 
     def artifact(self, step: Step) -> Artifact:
         """Where the step's output lies, or will."""
@@ -130,8 +142,9 @@ class Runner:
         self._warn_versions(step, manifest)
         try:
             step.stage.check(manifest)
-        except GateError:
-            # Told when its turn comes, so that a failed gate reads the same on the second run.
+        except GateError as error:
+            # Told as an error when its turn comes, so that a failed gate reads the same on the second run.
+            self.states[step.key], self.messages[step.key] = "failed", str(error)
             return
         self.states[step.key] = "done"
 
@@ -151,8 +164,9 @@ class Runner:
             return
         missing = [p for p in step.parents() if self.states[p.key] != "done"]
         if missing:
-            section = missing[0].section
-            self.messages[step.key] = f"needs {missing[0].key}: run it first (--only {section}, or without --only)"
+            section, k = missing[0].section, missing[0].round
+            at = "" if k is None else f" --round {k}"
+            self.messages[step.key] = f"needs {missing[0].key}: run it first (--only {section}{at}, or without --only)"
             raise UsageError(f"{step.name} {self.messages[step.key]}")
         self.states[step.key] = "running"
         self._save()
@@ -173,6 +187,8 @@ class Runner:
     def _execute(self, step: Step) -> Manifest:
         context = Context(step.stage.name, step.seed, self._inputs(step))
         for source in context.inputs.values():
+            if isinstance(source, External):
+                _check_unchanged(source)
             if isinstance(source, Artifact) and source.name not in self._verified:
                 source.verify()
                 self._verified.add(source.name)
@@ -325,6 +341,12 @@ class Runner:
             for step in self.steps
         ]
         replace(self.store.root / "run.json", json.dumps({"steps": steps}, indent=1).encode())
+
+
+def _check_unchanged(source: External) -> None:
+    for row in source.rows:
+        if isinstance(row, SourceFile) and file_digest(Path(row.path)) != row.sha256:
+            raise StorageError(f"{row.path} has changed since this run began; run again to read it anew")
 
 
 def _rows_in(manifest: Manifest | None) -> int:

@@ -52,6 +52,9 @@ class Session:
         sections = sorted({step.section for step in self.steps})
         if only is not None and only not in sections:
             raise UsageError(f"--only {only}: there is no such section; this recipe has {', '.join(sections)}")
+        rounds = sorted({step.round for step in self.steps if step.round is not None})
+        if round is not None and round not in rounds:
+            raise UsageError(f"--round {round}: this recipe has the rounds {', '.join(map(str, rounds))}")
         self.root.mkdir(parents=True, exist_ok=True)
         replace(self.root / "recipe.json", self.recipe.model_dump_json(indent=1).encode())
         replace(self.root / "pinned.json", json.dumps(self.externals.pinned, indent=1).encode())
@@ -69,7 +72,7 @@ class Session:
     def plan(self) -> list[Planned]:
         """Each step with what would happen to it."""
         runner = Runner(self.steps, Store(self.root.resolve()), _backend("local"), Silent())
-        planned = []
+        states, planned = runner.look(), []
         for step in runner.steps:
             source = step.inputs.get("rows")
             rows: int | None = None
@@ -78,7 +81,7 @@ class Session:
             elif source is not None and (manifest := runner.artifact(source).manifest()) is not None:
                 kept = manifest.ledger["kept"]
                 rows = kept if isinstance(kept, int) else None
-            state = "reused" if runner.artifact(step).manifest() is not None else "to run"
+            state = {"done": "reused", "waiting": "to run"}.get(states[step.key], states[step.key])
             planned.append(Planned(name=step.name, arm=step.arm, state=state, rows=rows))
         return planned
 

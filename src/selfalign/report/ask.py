@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from selfalign.core.errors import UsageError
@@ -9,37 +10,61 @@ from selfalign.core.identity import seed_for
 from selfalign.core.protocols import Request, Sampling
 from selfalign.engines.config import ModelConfig, on_this_machine
 from selfalign.engines.open import open_engine
+from selfalign.recipe import Recipe
 from selfalign.report.run import RunView
+from selfalign.stages.prompting import chat
 
 
-def ask(model: str, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> list[str]:
+@dataclass(frozen=True)
+class Found:
+    """A model, how to load it, and how it is addressed."""
+
+    config: ModelConfig
+    adapter: Path | None = None
+    system: str | None = None
+
+
+def ask(model: str, prompts: Sequence[str], sampling: Sampling, seed: int) -> list[str]:
     """The model's replies to single-turn prompts, in order."""
-    config, adapter = find(model)
-    engine = open_engine(on_this_machine(config))
-    sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
+    found = find(model)
+    engine = open_engine(on_this_machine(found.config))
     requests = [
-        Request(str(n), ({"role": "user", "content": prompt},), seed_for(seed, str(n), "generate"))
+        Request(str(n), chat(prompt, found.system), seed_for(seed, str(n), "generate"))
         for n, prompt in enumerate(prompts)
     ]
-    return [reply.text for reply in engine.generate(requests, sampling, adapter)]
+    return [reply.text for reply in engine.generate(requests, sampling, found.adapter)]
 
 
-def find(model: str) -> tuple[ModelConfig, Path | None]:
-    """How to load `model`, and its adapter if it is one. Raises UsageError where nothing is there."""
+def find(model: str) -> Found:
+    """What `model` names: a run (its final model, loaded as it was evaluated), an adapter, or a model.
+
+    Raises UsageError where nothing is there.
+    """
     folder = Path(model)
     if (folder / "run.json").exists():
-        step = RunView.open(folder).final_model()
-        if step is None:
-            raise UsageError(f"{model} has no trained forward model yet")
-        folder = step.files
+        return _of_run(folder)
     settings = folder / "adapter_config.json"
     if not settings.exists():
-        return ModelConfig(path=str(folder) if folder.is_dir() else model), None
+        return Found(ModelConfig(path=str(folder) if folder.is_dir() else model))
     adapter = json.loads(settings.read_bytes())
     base = adapter.get("base_model_name_or_path")
     if not base:
         raise UsageError(f"{settings} does not say which base its adapter belongs to")
     template = folder / "chat_template.jinja"
-    return ModelConfig(
-        path=base, revision=adapter.get("revision"), chat_template=str(template) if template.exists() else None
-    ), folder
+    name = str(template) if template.exists() else None
+    return Found(ModelConfig(path=base, revision=adapter.get("revision"), chat_template=name), folder)
+
+
+def _of_run(root: Path) -> Found:
+    trained = RunView.open(root).final_model()
+    if trained is None:
+        raise UsageError(f"{root} has no trained forward model yet")
+    recipe = Recipe.model_validate_json((root / "recipe.json").read_bytes())
+    system = recipe.evaluate.system
+    if (trained.files / "adapter_config.json").exists():
+        adapter = find(str(trained.files))
+        # Precision and quantisation are the recipe's, base and template those that the adapter was trained with.
+        update = adapter.config.model_dump(include={"path", "revision", "chat_template"})
+        return Found(recipe.model.model_copy(update=update), trained.files, system)
+    update = {"path": str(trained.files), "revision": None, "chat_template": None}
+    return Found(recipe.model.model_copy(update=update), None, system)

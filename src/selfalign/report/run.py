@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,7 +78,11 @@ class RunView:
             # A driver that was killed cannot say so.
             state = "waiting" if step["state"] == "running" and not alive else step["state"]
             identity = step["artifact"].rpartition("-")[2]
-            found.append(StepView(step["name"], step["arm"], state, step["message"], Artifact(folder, identity)))
+            view = StepView(step["name"], step["arm"], state, step["message"], Artifact(folder, identity))
+            if state == "done" and view.manifest is None:
+                # Its folder was deleted, as an error of ours may have advised.
+                view = replace(view, state="waiting")
+            found.append(view)
         return found
 
     def step(self, name: str, arm: str | None = None) -> StepView | None:
@@ -95,12 +99,22 @@ class RunView:
         """Every step is done, or skipped because the rounds were stopped."""
         return all(step.state in ("done", "skipped") for step in self.steps)
 
+    @property
+    def final_round(self) -> int | None:
+        """The last round of the main arm, or the one before where a guard found the last no better."""
+        trained = [int(step.name.rpartition("@")[2]) for step in self.rounds("forward.train")]
+        if not trained:
+            return None
+        measured = self.step(f"evaluate.forward@{trained[-1]}")
+        stopped = measured is not None and measured.manifest is not None and measured.manifest.stop
+        return trained[-2] if stopped and len(trained) > 1 else trained[-1]
+
     def final_model(self) -> Artifact | None:
-        """The last forward model of the main arm."""
-        trained = self.rounds("forward.train")
-        return trained[-1].artifact if trained else None
+        """The forward model of the final round."""
+        step = self.step(f"forward.train@{self.final_round}")
+        return step.artifact if step else None
 
     def curated(self) -> Path | None:
-        """The folder of the last curated pairs of the main arm."""
-        selected = self.rounds("curate.select")
-        return selected[-1].artifact.folder if selected else None
+        """The folder of the pairs that the final model was trained on."""
+        step = self.step(f"curate.select@{self.final_round}")
+        return step.artifact.folder if step else None

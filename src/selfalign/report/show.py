@@ -12,8 +12,8 @@ def shown(run: RunView, pairs: int, high: int, low: int, responses: int) -> dict
     """Generated pairs, the highest and lowest rated ones, and replies of the last model."""
     rated = _rated(run)
     by_rating = sorted(rated, key=lambda row: (-(row.rating or 0), row.id))
-    final = run.rounds("evaluate.forward")
-    replies = final[-1].lines("replies.jsonl") if final else []
+    final = run.step(f"evaluate.forward@{run.final_round}")
+    replies = final.lines("replies.jsonl") if final else []
     # Held-out prompts of the seed come after the questions, and are what a user would ask.
     asked = [row for row in replies if not row["id"].startswith("question/")] or replies
     return {

@@ -1,16 +1,18 @@
 """Self-augmentation: the backward model writes instructions for documents; useless ones are filtered."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from selfalign.core.errors import GateError
 from selfalign.core.frozen import RecipePath
 from selfalign.core.identity import digest
 from selfalign.core.protocols import Request, Sampling
 from selfalign.core.records import Candidate, Document, Message, Outcome, Record, rejected
 from selfalign.core.stage import Context, MapStage, Process, Settings, WholeStage
+from selfalign.core.store import Manifest, dropped
 from selfalign.engines.config import ModelConfig
 from selfalign.stages.models import identity_of, open_model
 from selfalign.stages.prompting import chat, fill, prompt_text
@@ -46,12 +48,17 @@ class Generate(MapStage):
     output: ClassVar[type[Record]] = Candidate
     config: AugmentConfig
     model: ModelConfig
+    prompt: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Read once, here: a file that changes while the run goes on must not slip under an identity made before.
+        object.__setattr__(self, "prompt", self.config.prompt())
 
     def settings(self) -> Settings:
         return {
             "sampling": self.config.sampling(),
             "candidates": self.config.candidates,
-            "prompt": self.config.prompt(),
+            "prompt": self.prompt,
             "engine": dict(self.model.loading()),
         }
 
@@ -63,7 +70,7 @@ class Generate(MapStage):
 
     def open(self, context: Context) -> Process:
         engine, adapter = open_model(self.model, context)
-        template, sampling = self.config.prompt(), self.config.sampling()
+        template, sampling = self.prompt, self.config.sampling()
         prompt_hash, model = digest(template)[:16], identity_of(context)
 
         def run(rows: Sequence[Document]) -> Iterable[Outcome]:
@@ -100,16 +107,21 @@ class Filter(WholeStage):
     record: ClassVar[type[Record]] = Candidate
     output: ClassVar[type[Record]] = Candidate
     config: AugmentConfig
+    prompt: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Read once, here: a file that changes while the run goes on must not slip under an identity made before.
+        object.__setattr__(self, "prompt", self.config.prompt())
 
     def settings(self) -> Settings:
         return {
             "filters": [*sorted(self.config.filters)],
             "max_chars": self.config.max_chars,
-            "prompt": self.config.prompt(),
+            "prompt": self.prompt,
         }
 
     def run(self, rows: Sequence[Candidate], context: Context) -> Iterable[Outcome]:
-        template = self.config.prompt()
+        template = self.prompt
         seen: set[str] = set()
         for row in rows:
             reason = self._reason(row, template)
@@ -128,3 +140,7 @@ class Filter(WholeStage):
             "copy": lambda: is_copy(row.prompt, row.completion),
         }
         return next((name for name, fails in checks.items() if name in self.config.filters and fails()), None)
+
+    def check(self, manifest: Manifest) -> None:
+        if not manifest.ledger["kept"]:
+            raise GateError(f"augmentation: none of the generated instructions is usable; {dropped(manifest)}")

@@ -1,7 +1,7 @@
 """Write the training rows: prompts, system tags, seed mix and rating replay, so that training knows no prompt."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, PositiveInt
@@ -58,17 +58,21 @@ class ComposeBackward(WholeStage):
     record: ClassVar[type[Record]] = Pair
     output: ClassVar[type[Record]] = Example
     augment: AugmentConfig
+    prompt: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Read once, here: a file that changes while the run goes on must not slip under an identity made before.
+        object.__setattr__(self, "prompt", self.augment.prompt())
 
     def settings(self) -> Settings:
-        return {"prompt": self.augment.prompt()}
+        return {"prompt": self.prompt}
 
     def run(self, rows: Sequence[Pair], context: Context) -> Iterable[Outcome]:
-        template = self.augment.prompt()
         for row in rows:
-            if row.split == "held_out":
-                yield rejected(row.id, "held_out")
+            if row.split != "train":
+                yield rejected(row.id, row.split or "no_split")
                 continue
-            prompt = chat(fill(template, response=row.completion))
+            prompt = chat(fill(self.prompt, response=row.completion))
             yield Example(id=row.id, kind="seed", prompt=prompt, completion=_answer(row.prompt), parents=(row.id,))
 
 
@@ -82,13 +86,17 @@ class ComposeForward(WholeStage):
     output: ClassVar[type[Record]] = Example
     config: ComposeConfig
     curate: CurateConfig
+    rating: RatingPrompt = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Read once, here: a file that changes while the run goes on must not slip under an identity made before.
+        object.__setattr__(self, "rating", RatingPrompt.of(self.curate))
 
     def settings(self) -> Settings:
         config = self.config.model_dump(mode="json", include=set(ComposeConfig.model_fields) - {"rating_replay"})
         replay = self.config.rating_replay
         if replay is not None:
-            prompt = RatingPrompt.of(self.curate)
-            config |= {"replay_rows": replay.rows, "rubric": prompt.rubric, "pair": prompt.pair}
+            config |= {"replay_rows": replay.rows, **self.rating.settings()}
         return config
 
     def units(self, rows: Sequence[Pair], context: Context) -> int:
@@ -97,7 +105,7 @@ class ComposeForward(WholeStage):
 
     def run(self, rows: Sequence[Pair], context: Context) -> Iterable[Outcome]:
         for row in rows:
-            reason = "held_out" if row.split == "held_out" else None if self.config.include_seed else "seed_left_out"
+            reason = row.split if row.split != "train" else None if self.config.include_seed else "seed_left_out"
             yield rejected(row.id, reason) if reason else _example(row, "seed", self.config.seed_system)
         for row in self._curated(context):
             yield _example(row, "augmented", self.config.augmented_system)
@@ -114,7 +122,7 @@ class ComposeForward(WholeStage):
     def _replay(self, context: Context) -> Iterator[Example | Dropped]:
         from selfalign.data.readers import RawRow, read_rows
 
-        prompt, replay = RatingPrompt.of(self.curate), self.config.rating_replay
+        replay = self.config.rating_replay
         found = [row for file in self._replay_files(context) for row in read_rows(file)]
         usable = (row.id for row in found if isinstance(row, RawRow) and _texts(row) is not None)
         drawn = sorted(usable, key=lambda id: seed_for(context.seed, id, "replay"))
@@ -131,7 +139,7 @@ class ComposeForward(WholeStage):
                 yield rejected(id, "not_sampled")
             else:
                 question, answer, reply = texts
-                messages = prompt.messages(question, answer)
+                messages = self.rating.messages(question, answer)
                 yield Example(id=id, kind="rating", prompt=messages, completion=_answer(reply), parents=(row.id,))
 
 

@@ -9,8 +9,9 @@ from selfalign.core.frozen import Frozen
 from selfalign.core.identity import digest, seed_for
 from selfalign.core.records import Document, Outcome, Pair, Record, SourceFile, rejected
 from selfalign.core.stage import Context, MapStage, Process, Settings, WholeStage
-from selfalign.core.store import Manifest
+from selfalign.core.store import Manifest, dropped
 from selfalign.data.config import CorpusConfig, SeedConfig, SourceConfig
+from selfalign.text.overlap import normalised
 
 R = TypeVar("R", bound=Record)
 
@@ -65,7 +66,11 @@ class ReadCorpus(_Read):
 
 @dataclass(frozen=True)
 class PickSeed(WholeStage):
-    """Draw the seed pairs and hold some of them out of all training, by the hash of their id."""
+    """Draw the seed pairs and hold some of them out of all training, by the hash of their id.
+
+    `split` is `train`, `held_out`, or `like_held_out` for a pair that shares its prompt or its response with a
+    held-out one: neither trained on, which would leak, nor measured, which would count it twice.
+    """
 
     name: ClassVar[str] = "prepare.pick_seed"
     seeded: ClassVar[bool] = True
@@ -78,17 +83,29 @@ class PickSeed(WholeStage):
 
     def run(self, rows: Sequence[Pair], context: Context) -> Iterable[Outcome]:
         drawn = sampled(rows, self.config, context.seed)
-        held_out = set(sorted(drawn, key=lambda id: digest(id))[: self.config.held_out])
+        splits = self._splits(sorted((row for row in rows if row.id in drawn), key=lambda row: digest(row.id)))
         for row in rows:
-            split = "held_out" if row.id in held_out else "train"
-            yield replace(row, split=split) if row.id in drawn else rejected(row.id, "not_sampled", row)
+            yield replace(row, split=splits[row.id]) if row.id in drawn else rejected(row.id, "not_sampled", row)
+
+    def _splits(self, rows: Sequence[Pair]) -> dict[str, str]:
+        splits: dict[str, str] = {}
+        texts: set[str] = set()
+        for row in rows:
+            own = {normalised(row.prompt), normalised(row.completion)}
+            if len(splits) < self.config.held_out and not own & texts:
+                splits[row.id] = "held_out"
+                texts |= own
+        for row in rows:
+            alike = not texts.isdisjoint((normalised(row.prompt), normalised(row.completion)))
+            splits.setdefault(row.id, "like_held_out" if alike else "train")
+        return splits
 
     def check(self, manifest: Manifest) -> None:
         kept = manifest.ledger["kept"]
         if not isinstance(kept, int) or kept <= self.config.held_out:
             raise GateError(
                 f"prepare.seed: {kept} pairs were read from {self.config.path} and {self.config.held_out} are held "
-                "out, so none is left to train on; " + _reasons(manifest)
+                "out, so none is left to train on; " + dropped(manifest)
             )
 
 
@@ -114,7 +131,7 @@ class PickCorpus(WholeStage):
 
     def check(self, manifest: Manifest) -> None:
         if not manifest.ledger["kept"]:
-            raise GateError(f"prepare.corpus: no document is left of {self.config.path}; " + _reasons(manifest))
+            raise GateError(f"prepare.corpus: no document is left of {self.config.path}; " + dropped(manifest))
 
     def _reason(self, row: Document) -> str | None:
         if self.config.min_chars is not None and len(row.text) < self.config.min_chars:
@@ -129,13 +146,3 @@ def sampled(rows: Sequence[Record], config: SourceConfig, run_seed: int) -> set[
     seed = run_seed if config.sample_seed is None else config.sample_seed
     ids = sorted((row.id for row in rows), key=lambda id: seed_for(seed, id, "sample"))
     return set(ids[: config.sample])
-
-
-def _reasons(manifest: Manifest) -> str:
-    dropped = {**_counts(manifest.ledger["rejected"]), **_counts(manifest.ledger["quarantined"])}
-    told = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "its files hold no usable row"
-    return f"dropped here: {told}; `selfalign status` has the counts of the steps before"
-
-
-def _counts(value: object) -> dict[str, int]:
-    return value if isinstance(value, dict) else {}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, JsonValue, PositiveInt
 
 from selfalign.core.errors import GateError
 from selfalign.core.ledger import Ledger
@@ -45,7 +45,9 @@ class Train(BuildStage):
     model: ModelConfig
 
     def settings(self) -> Settings:
-        return {"training": self.config, "engine": dict(self.model.loading())}
+        # Slots are the engine's: fewer of them, after it ran out of memory, must not retrain the model.
+        loading: JsonValue = {key: value for key, value in self.model.loading().items() if key != "slots"}
+        return {"training": self.config, "engine": loading}
 
     def build(self, context: Context, folder: Path, log: Log) -> Built:
         from selfalign.training.sft import train

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,12 +15,17 @@ from selfalign.core.protocols import Reply, Request, Score
 from selfalign.core.records import Candidate, Rated
 from selfalign.core.stage import Context
 from selfalign.engines.config import ModelConfig
+from selfalign.stages.curate import rate as rating
 from selfalign.stages.curate.config import CurateConfig
-from selfalign.stages.curate.rate import Rate, RatingPrompt, rate, why_unrated
+from selfalign.stages.curate.rate import Rate, RatingPrompt, why_unrated
 from stages.conftest import FakeEngine
 
 Seen = Callable[..., Context]
 PAIR = ("row", "What is deep?", "The lake.")
+
+
+def rate(engine: Any, adapter: Path | None, pairs: Any, config: CurateConfig) -> list[rating.Verdict]:
+    return rating.rate(engine, adapter, pairs, config, RatingPrompt.of(config))
 
 
 def probable(*shares: float) -> Callable[[Request, Sequence[str]], list[Score]]:

@@ -5,7 +5,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from selfalign.core.store import Manifest
 from selfalign.engines.config import ModelConfig
 from selfalign.evaluation.metrics import auc, auc_interval
 from selfalign.stages.curate.config import CurateConfig
-from selfalign.stages.curate.rate import rate, rating_settings, why_unrated
+from selfalign.stages.curate.rate import RatingPrompt, rate, rating_settings, why_unrated
 from selfalign.stages.models import open_model
 
 
@@ -40,7 +40,9 @@ def plant(pairs: Sequence[Pair], chance: random.Random) -> list[Planted]:
     """
     planted = [Planted(pair.id, "seed", pair.prompt, pair.completion) for pair in pairs]
     for n, pair in enumerate(pairs):
-        others = [p for p in (*pairs[n + 1 :], *pairs[:n]) if p.completion != pair.completion]
+        rest = (*pairs[n + 1 :], *pairs[:n])
+        # Another answer to the same question is no spoilt one.
+        others = [p for p in rest if p.completion != pair.completion and p.prompt != pair.prompt]
         if others:
             planted.append(Planted(f"{pair.id}/swapped", "swapped", pair.prompt, chance.choice(others).completion))
         if cut := truncated(pair.completion, chance):
@@ -69,16 +71,24 @@ class Calibrate(BuildStage):
     seeded: ClassVar[bool] = True
     config: CurateConfig
     model: ModelConfig
+    prompt: RatingPrompt = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Read once, here: a file that changes while the run goes on must not slip under an identity made before.
+        object.__setattr__(self, "prompt", RatingPrompt.of(self.config))
 
     def settings(self) -> Settings:
-        return {**rating_settings(self.config, self.model), "max_off_scale": self.config.max_off_scale}
+        return {**rating_settings(self.config, self.model, self.prompt), "max_off_scale": self.config.max_off_scale}
+
+    def gates(self) -> Settings:
+        return {"min_auc": self.config.min_auc, "min_rated": self.config.min_rated}
 
     def build(self, context: Context, folder: Path, log: Log) -> Built:
         held_out = [pair for pair in context.rows("seed", Pair) if pair.split == "held_out"]
         planted = plant(held_out, random.Random(context.seed_for("planted")))
         engine, adapter = open_model(self.model, context)
         tokens = engine.tokens
-        verdicts = rate(engine, adapter, [(p.id, p.prompt, p.completion) for p in planted], self.config)
+        verdicts = rate(engine, adapter, [(p.id, p.prompt, p.completion) for p in planted], self.config, self.prompt)
         ratings: dict[str, list[float]] = {"seed": []}
         unrated: Counter[str] = Counter()
         with (folder / "planted.jsonl").open("w") as file:

@@ -1,15 +1,15 @@
 """Rate pairs: the prompt, the readout, and the step that applies both to candidates."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, TypedDict
 
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
 from selfalign.core.errors import UsageError
+from selfalign.core.frozen import Frozen
 from selfalign.core.protocols import Engine, Request, Sampling, Score
 from selfalign.core.records import Candidate, Message, Outcome, Pair, Rated, Record
 from selfalign.core.stage import Context, MapStage, Process, Settings
@@ -52,6 +52,10 @@ class RatingPrompt:
         rubric, _, pair = text.rpartition("\n---\n")
         return RatingPrompt(rubric, pair, _few_shot(config.few_shot_file))
 
+    def settings(self) -> dict[str, JsonValue]:
+        """Its texts, for identity."""
+        return {"rubric": self.rubric, "pair": self.pair, "few_shot": [[*shot] for shot in self.few_shot]}
+
     def messages(self, instruction: str, response: str) -> tuple[Message, ...]:
         """The prompt for one pair, up to where the rater begins its reply."""
         turns: list[Message] = []
@@ -62,6 +66,12 @@ class RatingPrompt:
         if self.rubric:
             turns[0] = Message(role="user", content=f"{self.rubric}\n\n{turns[0]['content']}")
         return tuple(turns)
+
+
+class _Shot(Frozen):
+    instruction: str
+    response: str
+    reply: str
 
 
 def _few_shot(file: str | None) -> tuple[tuple[str, str, str], ...]:
@@ -75,15 +85,18 @@ def _few_shot(file: str | None) -> tuple[tuple[str, str, str], ...]:
         raise UsageError(f"curate.few_shot_file: {file} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            shots.append((str(row["instruction"]), str(row["response"]), str(row["reply"])))
-        except (ValueError, KeyError, TypeError) as error:
+            shots.append(_Shot.model_validate_json(line))
+        except ValidationError as error:
             raise UsageError(f"{file}:{number}: an example needs instruction, response and reply") from error
-    return tuple(shots)
+    return tuple((shot.instruction, shot.response, shot.reply) for shot in shots)
 
 
 def rate(
-    engine: Engine, adapter: Path | None, pairs: Sequence[tuple[str, str, str]], config: CurateConfig
+    engine: Engine,
+    adapter: Path | None,
+    pairs: Sequence[tuple[str, str, str]],
+    config: CurateConfig,
+    prompt: RatingPrompt,
 ) -> list[Verdict]:
     """Rate pairs of (id, instruction, response), in order. No pair gets a rating by default.
 
@@ -91,14 +104,16 @@ def rate(
     (G-Eval, arXiv 2303.16634), after at most `reasoning_tokens` tokens of one line of reasoning. `parsed` is the
     paper's: the rater writes, and its last `Score:` line counts (arXiv 2308.06259, table 1).
     """
-    prompt = RatingPrompt.of(config)
     requests = [Request(id, prompt.messages(instruction, response)) for id, instruction, response in pairs]
     if config.readout == "parsed":
         return _parsed(engine, adapter, requests, config.reasoning_tokens + SCORE_LINE_TOKENS)
     openings = [""] * len(requests)
+    cut = [False] * len(requests)
     if config.reasoning_tokens:
         sampling = Sampling(temperature=0, max_new_tokens=config.reasoning_tokens, stop=("\n",))
-        openings = [reply.text.strip() for reply in engine.generate(requests, sampling, adapter)]
+        replies = engine.generate(requests, sampling, adapter)
+        openings = [reply.text.strip() for reply in replies]
+        cut = [reply.finish == "too_long" for reply in replies]
     # Where nothing was written before it, the score line is the first, with no line end before it.
     cued = [f"{opening}{CUE}".lstrip("\n") for opening in openings]
     asked = [
@@ -106,7 +121,11 @@ def rate(
         for request, text in zip(requests, cued, strict=True)
     ]
     scores = engine.score(asked, [CONTINUATIONS] * len(asked), adapter)
-    return [_expected(score, opening) for score, opening in zip(scores, openings, strict=True)]
+    # A pair that left no room for the reasoning is unrated, though its score alone would fit.
+    return [
+        _expected(None if no_room else score, opening)
+        for score, opening, no_room in zip(scores, openings, cut, strict=True)
+    ]
 
 
 def _parsed(engine: Engine, adapter: Path | None, requests: Sequence[Request], tokens: int) -> list[Verdict]:
@@ -152,13 +171,10 @@ def why_unrated(rating: float | None, unrated: str | None, off_scale: float | No
     return "off_scale" if off_scale is not None and off_scale > config.max_off_scale else None
 
 
-def rating_settings(config: CurateConfig, model: ModelConfig) -> dict[str, JsonValue]:
+def rating_settings(config: CurateConfig, model: ModelConfig, prompt: RatingPrompt) -> dict[str, JsonValue]:
     """What decides a rating: thresholds and gates do not."""
-    prompt = RatingPrompt.of(config)
     return {
-        "rubric": prompt.rubric,
-        "pair": prompt.pair,
-        "few_shot": [[*shot] for shot in prompt.few_shot],
+        **prompt.settings(),
         "reasoning_tokens": config.reasoning_tokens,
         "readout": config.readout,
         "engine": dict(model.loading()),
@@ -174,9 +190,14 @@ class Rate(MapStage):
     output: ClassVar[type[Record]] = Rated
     config: CurateConfig
     model: ModelConfig
+    prompt: RatingPrompt = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Read once, here: a file that changes while the run goes on must not slip under an identity made before.
+        object.__setattr__(self, "prompt", RatingPrompt.of(self.config))
 
     def settings(self) -> Settings:
-        return rating_settings(self.config, self.model)
+        return rating_settings(self.config, self.model, self.prompt)
 
     def size(self, row: Candidate) -> int:
         return len(row.prompt) + len(row.completion)
@@ -185,7 +206,7 @@ class Rate(MapStage):
         engine, adapter = open_model(self.model, context)
 
         def run(rows: Sequence[Candidate]) -> Iterable[Outcome]:
-            verdicts = rate(engine, adapter, pairs_of(rows), self.config)
+            verdicts = rate(engine, adapter, pairs_of(rows), self.config, self.prompt)
             for row, verdict in zip(rows, verdicts, strict=True):
                 yield Rated(**{f.name: getattr(row, f.name) for f in fields(row)}, **verdict)
 

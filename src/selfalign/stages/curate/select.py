@@ -28,6 +28,9 @@ class Select(WholeStage):
     def settings(self) -> Settings:
         return {"threshold": self.config.threshold, "max_off_scale": self.config.max_off_scale}
 
+    def gates(self) -> Settings:
+        return {"min_rated": self.config.min_rated}
+
     def run(self, rows: Sequence[Rated], context: Context) -> Iterable[Outcome]:
         reasons = {row.id: self._reason(row) for row in rows}
         best: dict[tuple[str, ...], Rated] = {}

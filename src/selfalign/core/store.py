@@ -1,7 +1,7 @@
 """The run folder: artifacts that are complete when their manifest is there, and committed once.
 
 ```
-run.json  recipe.yaml  artifacts/<stage>-<identity>/{shard-00000.parquet … | files/}  metrics.jsonl  manifest.json
+run.json  recipe.json  artifacts/<stage>-<identity>/{shard-00000.parquet … | files/}  metrics.jsonl  manifest.json
 ```
 """
 

@@ -190,3 +190,10 @@ def test_ray_ends_with_the_same_content(
     made = contents(root, capsys)
     assert any(name.startswith("evaluate-") for name in made)
     assert made.items() <= contents(calm, capsys).items()
+
+
+def test_a_folder_of_another_recipe_is_refused(
+    recipe: Path, calm: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["run", str(recipe), "name=other", "--run", str(calm)]) == 2
+    assert "holds a run of the recipe 'small'" in capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_with_its_gates_it_ends_before_time_is_spent_on_training(
     real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(real_data, tmp_path / "run")) == 3
-    assert "curate.min_rated" in capsys.readouterr().err
+    assert "and curate.min_auc wants 0.65" in capsys.readouterr().err
     found = steps(tmp_path / "run", capsys)
     assert found["curate.calibrate@1"]["state"] == "failed"
     assert found["backward.train"]["state"] == "waiting"

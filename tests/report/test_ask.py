@@ -76,3 +76,12 @@ def test_a_run_without_a_model_says_so(run: Run) -> None:
     run.add("forward.train@1", state="waiting")
     with pytest.raises(UsageError, match="has no trained forward model yet"):
         find(str(run.store.root))
+
+
+def test_a_folder_that_is_not_there_is_told_without_asking_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="there is no runs/demo"):
+        find("runs/demo")

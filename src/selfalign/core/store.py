@@ -200,5 +200,7 @@ def balanced(manifest: Manifest) -> Ledger:
 def dropped(manifest: Manifest) -> str:
     """What a step dropped and why, for a gate's message."""
     ledger = balanced(manifest)
+    if not ledger.in_:
+        return "nothing came in: `selfalign status` says where the rows were dropped before, and why"
     told = ", ".join(f"{n} {reason}" for reason, n in (ledger.rejected + ledger.quarantined).items())
     return f"dropped here: {told or 'nothing'}; `selfalign status` has the counts of the steps before"

@@ -55,6 +55,9 @@ class Session:
         rounds = sorted({step.round for step in self.steps if step.round is not None})
         if round is not None and round not in rounds:
             raise UsageError(f"--round {round}: this recipe has the rounds {', '.join(map(str, rounds))}")
+        there = _kept_name(self.root / "recipe.json")
+        if there not in (None, self.recipe.name):
+            raise UsageError(f"{self.root} holds a run of the recipe {there!r}; name another folder with --run")
         self.root.mkdir(parents=True, exist_ok=True)
         replace(self.root / "recipe.json", self.recipe.model_dump_json(indent=1).encode())
         replace(self.root / "pinned.json", json.dumps(self.externals.pinned, indent=1).encode())
@@ -103,6 +106,10 @@ def _kept(path: Path) -> dict[str, str]:
     except ValueError as error:
         raise UsageError(f"{path} is damaged; delete it to look its entries up again") from error
     return {str(key): str(value) for key, value in kept.items()}
+
+
+def _kept_name(path: Path) -> str | None:
+    return json.loads(path.read_bytes())["name"] if path.exists() else None
 
 
 def _backend(name: str | None) -> Backend:

@@ -43,6 +43,8 @@ def find(model: str) -> Found:
     folder = Path(model)
     if (folder / "run.json").exists():
         return _of_run(folder)
+    if not folder.exists() and (folder.parent.is_dir() if folder.parent.name else False):
+        raise UsageError(f"there is no {model}; name a run, an adapter or a model, by folder or as org/name on the Hub")
     settings = folder / "adapter_config.json"
     if not settings.exists():
         return Found(ModelConfig(path=str(folder) if folder.is_dir() else model))

@@ -68,8 +68,8 @@ class ReadCorpus(_Read):
 class PickSeed(WholeStage):
     """Draw the seed pairs and hold some of them out of all training, by the hash of their id.
 
-    `split` is `train`, `held_out`, or `like_held_out` for a pair that shares its prompt or its response with a
-    held-out one: neither trained on, which would leak, nor measured, which would count it twice.
+    `split` is `train`, `held_out`, or `like_held_out` for a pair that shares its prompt with a held-out one: neither
+    trained on, which would leak, nor measured, which would count it twice.
     """
 
     name: ClassVar[str] = "prepare.pick_seed"
@@ -89,15 +89,14 @@ class PickSeed(WholeStage):
 
     def _splits(self, rows: Sequence[Pair]) -> dict[str, str]:
         splits: dict[str, str] = {}
-        texts: set[str] = set()
+        prompts: set[str] = set()
         for row in rows:
-            own = {normalised(row.prompt), normalised(row.completion)}
-            if len(splits) < self.config.held_out and not own & texts:
+            prompt = normalised(row.prompt)
+            if len(splits) < self.config.held_out and prompt not in prompts:
                 splits[row.id] = "held_out"
-                texts |= own
+                prompts.add(prompt)
         for row in rows:
-            alike = not texts.isdisjoint((normalised(row.prompt), normalised(row.completion)))
-            splits.setdefault(row.id, "like_held_out" if alike else "train")
+            splits.setdefault(row.id, "like_held_out" if normalised(row.prompt) in prompts else "train")
         return splits
 
     def check(self, manifest: Manifest) -> None:

@@ -107,20 +107,12 @@ class Store:
 
 def commit(path: Path, data: bytes) -> bool:
     """Write `data` under its final name, durably and all at once. False where somebody committed that name before."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _drafted(path, data) as draft:
         try:
-            with draft.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
             # A link, unlike a rename, never replaces what is there.
             os.link(draft, path)
         except FileExistsError:
             return False
-        finally:
-            draft.unlink(missing_ok=True)
         _sync(path.parent)
     return True
 
@@ -143,6 +135,13 @@ def commit_folder(draft: Path, final: Path) -> bool:
 
 def replace(path: Path, data: bytes) -> None:
     """Write a file that may change (run.json): readers see the old or the new one, whole."""
+    with _drafted(path, data) as draft:
+        os.replace(draft, path)
+
+
+@contextmanager
+def _drafted(path: Path, data: bytes) -> Iterator[Path]:
+    """`data` in a durable file beside `path`, under a name that is gone afterwards."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +150,7 @@ def replace(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(draft, path)
+            yield draft
         finally:
             draft.unlink(missing_ok=True)
 

@@ -3,8 +3,9 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEEDS ?= 0 1 2
+N ?= 2000
 
-.PHONY: demo demo-seeds test check clean
+.PHONY: demo demo-seeds test fuzz bench check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/selfalign run recipes/demo.yaml
@@ -16,6 +17,14 @@ demo-seeds: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# N mutated files of every kind through the readers; `make test` runs 200.
+fuzz: $(VENV)/.installed-dev
+	FUZZ_CASES=$(N) $(BIN)/python -m pytest tests/data/test_fuzz.py
+
+# `make bench ROW=5`, or all that are built.
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks $(ROW)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -33,4 +42,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@

@@ -14,7 +14,7 @@ from selfalign.engines.config import ModelConfig
 from selfalign.stages.augment import AugmentConfig
 from selfalign.stages.curate.config import CurateConfig
 from selfalign.stages.evaluate import EvaluateConfig
-from selfalign.stages.prepare import PrepareConfig
+from selfalign.stages.prepare.config import PrepareConfig
 from selfalign.stages.train import BackwardConfig, ForwardConfig
 
 

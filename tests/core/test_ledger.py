@@ -39,7 +39,9 @@ def test_the_total_of_shards_is_the_ledger_of_all_their_units(shards: list[list[
 
 
 def test_reasons_are_listed_in_one_order_and_a_missing_one_is_unknown() -> None:
-    ledger = counted([("rejected", "b", 1), ("rejected", "a", 2), ("quarantined", None, 3), ("kept", None, 4)])
+    ledger = counted(
+        [("rejected", "b", 1), ("rejected", "a", 2), ("quarantined", None, 3), ("kept", None, 3), ("kept", "so", 1)]
+    )
     assert list(ledger.to_json()["rejected"].items()) == [("a", 2), ("b", 1)]
     assert ledger.to_json() | {"in": 10} == {
         "sources": 0,
@@ -47,4 +49,5 @@ def test_reasons_are_listed_in_one_order_and_a_missing_one_is_unknown() -> None:
         "kept": 4,
         "rejected": {"a": 2, "b": 1},
         "quarantined": {"unknown": 3},
+        "noted": {"so": 1},
     }

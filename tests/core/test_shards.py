@@ -11,7 +11,8 @@ from typing import ClassVar
 import pytest
 
 from selfalign.core.errors import InternalError
-from selfalign.core.records import Document, Dropped, Outcome, Record, SourceFile, rejected
+from selfalign.core.ledger import Ledger
+from selfalign.core.records import Document, Dropped, Outcome, Record, SourcePart, rejected
 from selfalign.core.shards import Journal, run_shard
 from selfalign.core.stage import Context, MapStage, Process
 from selfalign.core.store import Artifact
@@ -85,7 +86,7 @@ def test_every_row_comes_out_once_and_the_report_balances(tmp_path: Path) -> Non
     report = run_shard(Upper(), Process(plain, lambda: next(tokens)), tmp_path / "in.parquet", artifact, 0)
     assert [row.id for row in outcomes(artifact)] == ids
     assert report.tokens == 7
-    assert report.ledger.to_json() == {"sources": 9, "in": 9, "kept": 9, "rejected": {}, "quarantined": {}}
+    assert report.ledger == Ledger(sources=9, in_=9, kept=9)
 
 
 def test_only_kept_rows_of_the_input_go_in(tmp_path: Path) -> None:
@@ -94,18 +95,40 @@ def test_only_kept_rows_of_the_input_go_in(tmp_path: Path) -> None:
     assert [row.id for row in outcomes(once(tmp_path, plain))] == ["a"]
 
 
-def test_a_thing_outside_is_a_shard_of_its_own(tmp_path: Path) -> None:
-    file = SourceFile(id="f", path="/x", sha256="0", rows=2)
+def test_a_shard_of_things_outside_is_processed_as_it_is_given(tmp_path: Path) -> None:
+    file = SourcePart(id="f", path="/x", sha256="0", rows=2)
     artifact = Artifact(tmp_path / "out", "id")
     seen: list[object] = []
 
-    def read(files: Sequence[SourceFile]) -> Iterable[Outcome]:
+    def read(files: Sequence[SourcePart]) -> Iterable[Outcome]:
         seen.extend(files)
         return [Document(id=f"f/{n}", source="f", text="t") for n in range(2)]
 
-    run_shard(Upper(per_row=2), Process(read, lambda: 0), file, artifact, 0)
+    run_shard(Upper(per_row=2), Process(read, lambda: 0), (file,), artifact, 0)
     assert seen == [file]
     assert [row.id for row in outcomes(artifact)] == ["f/0", "f/1"]
+
+
+@dataclass(frozen=True)
+class Split(Upper):
+    """Finds only as it reads how many units a record holds."""
+
+    splits: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_record_that_is_split_counts_all_its_units_and_none_may_be_lost(tmp_path: Path, lost: bool) -> None:
+    part = SourcePart(id="f", path="/x", sha256="0", rows=2)
+    artifact = Artifact(tmp_path / "out", "id")
+    ids = ["f/0000000/0", "f/0000000/1", "f/0000000/2", *([] if lost else ["f/0000001"])]
+    process = Process(lambda parts: [Document(id=id, source="f", text="t") for id in ids])
+    stage = Split(per_row=2)
+    if lost:
+        with pytest.raises(InternalError, match="does not balance: 4 units in, 3 out"):
+            run_shard(stage, process, (part,), artifact, 0)
+    else:
+        ledger = run_shard(stage, process, (part,), artifact, 0).ledger
+        assert (ledger.sources, ledger.in_, ledger.kept) == (2, 4, 4)
 
 
 def test_a_second_writer_of_a_shard_changes_nothing_and_reports_what_is_there(tmp_path: Path) -> None:

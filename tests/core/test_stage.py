@@ -130,7 +130,7 @@ def test_a_stage_sees_kept_rows_paths_and_identities_of_its_inputs(tmp_path: Pat
 def test_an_input_that_is_not_complete_or_not_a_steps_is_a_bug(tmp_path: Path) -> None:
     artifact = stored(tmp_path)
     context = Context("stage", 3, {"rows": artifact, "file": External("/here", "digest")})
-    with pytest.raises(InternalError, match="stage runs before its input 'rows' is complete"):
+    with pytest.raises(InternalError, match="toy-01 is read before it is complete"):
         context.manifest("rows")
     with pytest.raises(InternalError, match="input 'file' is not a step's output"):
         list(context.rows("file", Document))

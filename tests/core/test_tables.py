@@ -1,7 +1,9 @@
 """Records as Parquet: what goes in comes out, and damage is told."""
 
 import random
+from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -14,31 +16,43 @@ from selfalign.core.records import (
     Document,
     Dropped,
     Example,
+    Noted,
     Outcome,
     Pair,
     Rated,
     Record,
-    SourceFile,
+    SeedPair,
+    SourcePart,
     quarantined,
     rejected,
 )
-from selfalign.core.tables import ledger_of, read_kept, read_outcomes, to_parquet
+from selfalign.core.tables import further_units, ledger_of, read_kept, read_outcomes, to_parquet
 
 # Everything that UTF-8 can say.
 text = st.text(st.characters(codec="utf-8"), max_size=8)
 texts = st.lists(text, max_size=3).map(tuple)
+count = st.integers(0, 2**62)
 figure = st.none() | st.floats(allow_nan=False)
 PAIR = {"source": text, "license": st.none() | text, "prompt": text, "completion": text, "parents": texts}
-PAIR["split"] = st.sampled_from([None, "train", "held_out"])
+SEED_PAIR = {**PAIR, "split": st.sampled_from([None, "train", "held_out"]), "language": st.none() | text}
+SEED_PAIR |= {"rank": st.none() | count, "quality": figure}
 CANDIDATE = {**PAIR, "model": text, "prompt_hash": text, "finish": st.sampled_from(["stop", "length"])}
 RATED = {**CANDIDATE, "rating": figure, "unrated": st.none() | text, "reply": text}
 RATED |= {"rating_dist": st.lists(st.floats(allow_nan=False), max_size=5).map(tuple)}
 RATED |= {"off_scale": figure, "entropy": figure}
 turns = st.lists(st.fixed_dictionaries({"role": text, "content": text}), max_size=3).map(tuple)
 FIELDS: dict[type[Record], dict[str, Any]] = {
-    SourceFile: {"path": text, "sha256": text, "rows": st.integers(0, 2**62)},
-    Document: {"source": text, "license": st.none() | text, "text": text},
+    SourcePart: {
+        "path": text,
+        "sha256": text,
+        "rows": count,
+        "first": count,
+        "offset": count,
+        "format": st.none() | text,
+    },
+    Document: {"source": text, "license": st.none() | text, "text": text, "header": st.none() | text, "within": texts},
     Pair: PAIR,
+    SeedPair: SEED_PAIR,
     Candidate: CANDIDATE,
     Rated: RATED,
     Example: {"kind": text, "prompt": turns, "completion": turns, "parents": texts},
@@ -50,9 +64,9 @@ def outcomes(draw: st.DrawFn, record: type[Record]) -> list[Outcome]:
     found: list[Outcome] = []
     for id in draw(st.lists(text, unique=True, max_size=4)):
         row = record(id=id, **draw(st.fixed_dictionaries(FIELDS[record])))
-        fate = draw(st.sampled_from(["kept", "rejected", "rejected whole", "quarantined"]))
-        if fate == "kept":
-            found.append(row)
+        fate = draw(st.sampled_from(["kept", "noted", "rejected", "rejected whole", "quarantined"]))
+        if fate in ("kept", "noted"):
+            found.append(Noted(row=row, note="unlabelled") if fate == "noted" else row)
         elif fate == "quarantined":
             found.append(quarantined(id, draw(text), draw(text), draw(st.integers(1, 99))))
         else:
@@ -71,10 +85,12 @@ def test_every_row_of_every_record_comes_back_as_it_was(
     def check(rows: list[Outcome]) -> None:
         path.write_bytes(to_parquet(rows, record))
         found = list(read_outcomes(path, record))
-        assert found == sorted(rows, key=lambda row: row.id)
+        plain = [row.row if isinstance(row, Noted) else row for row in rows]
+        assert found == sorted(plain, key=lambda row: row.id)
+        assert ledger_of(path).noted == Counter(row.note for row in rows if isinstance(row, Noted))
         assert list(read_kept(path, record)) == [row for row in found if isinstance(row, record)]
         ledger = ledger_of(path)
-        assert ledger.kept == sum(isinstance(row, record) for row in rows)
+        assert ledger.kept == sum(isinstance(row, record) for row in found)
         dropped = [row for row in rows if isinstance(row, Dropped)]
         assert ledger.rejected.total() + ledger.quarantined.total() == sum(row.units for row in dropped)
 
@@ -108,6 +124,7 @@ def test_a_ledger_counts_units_by_outcome_and_reason(tmp_path: Path) -> None:
         "kept": 1,
         "rejected": {"empty": 2},
         "quarantined": {"crashed_worker": 4},
+        "noted": {},
     }
 
 
@@ -161,3 +178,13 @@ def test_a_ledgers_columns_are_missed_when_they_are_gone(tmp_path: Path) -> None
     path.write_bytes(data.replace(b"units", b"unitz"))
     with pytest.raises(StorageError, match="damaged or unreadable"):
         ledger_of(path)
+
+
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 12)), unique=True, max_size=12))
+def test_further_units_are_those_after_the_first_of_a_record(units: list[tuple[int, int]]) -> None:
+    # The number of a record has seven digits, so a record is never taken for a unit.
+    rows = [Document(id=f"pages/{record:07d}/{n}", source="s", text="x") for record, n in units]
+    rows += [Document(id=f"whole/{n:07d}", source="s", text="x") for n in range(3)]
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "shard").write_bytes(to_parquet(rows, Document))
+        assert further_units(Path(folder) / "shard") == sum(n > 0 for _, n in units)

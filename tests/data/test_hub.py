@@ -1,5 +1,6 @@
 """What a recipe's path means: datasets on the Hub, served here by a small server that speaks its protocol."""
 
+import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def contents(path: str, base: Path, **how: object) -> tuple[dict[str, bytes], str | None]:
     resolved = resolve(path, base, patience_s=0, **how)  # type: ignore[arg-type]
-    return {file.id: Path(file.path).read_bytes() for file in resolved.files}, resolved.commit
+    return {part.id.split("/")[0]: Path(part.path).read_bytes() for part in resolved.parts}, resolved.commit
 
 
 def test_a_dataset_resolves_to_its_commit_of_now_and_its_data_files(hub: Hub, tmp_path: Path) -> None:
@@ -50,6 +51,16 @@ def test_some_files_of_a_dataset_can_be_named(hub: Hub, tmp_path: Path) -> None:
     assert not any(path.endswith("test.jsonl") for path in hub.requests)
     with pytest.raises(UsageError, match="holds no such"):
         contents("hf://datasets/org/name/validation.jsonl", tmp_path)
+
+
+def test_every_kind_of_file_of_a_dataset_is_fetched(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, page, table = b'[{"text": "a"}]', b"<h1>a</h1>", b"a,b"
+    packed = {"rows.json.gz": gzip.compress(rows), "page.html.gz": gzip.compress(page), "text.md": b"a"}
+    monkeypatch.setitem(FILES, NEW, {**packed, "README.md": b"# readme", "table.csv": table})
+    files, _ = contents("org/name", tmp_path)
+    assert files == {"rows": packed["rows.json.gz"], "page": packed["page.html.gz"], "text": b"a"}
+    assert not any(path.endswith(("README.md", "table.csv")) for path in hub.requests)
+    assert contents("hf://datasets/org/name/README.md", tmp_path)[0] == {"README": b"# readme"}
 
 
 def test_a_folder_here_comes_before_a_dataset_of_its_name(hub: Hub, tmp_path: Path) -> None:

@@ -1,46 +1,78 @@
-"""What a recipe's path means: files here."""
+"""What a recipe's path means: files here, in parts and shards, and the format of each."""
 
+import errno
+import gzip
 import hashlib
+import json
 from pathlib import Path, PurePath
 
 import pytest
 
-from selfalign.core.errors import UsageError
+from selfalign.core.errors import MismatchError, StorageError, UsageError
+from selfalign.core.records import SourcePart
+from selfalign.data import json_files, sources
 from selfalign.data.sources import ids_of, pin_key, resolve
 
 ROW = b'{"text": "x"}\n'
 
 
+def sources_of(path: str, base: Path) -> list[str]:
+    """The ids of the files that are found."""
+    parts = resolve(path, base, format="document").parts
+    return [part.id.removesuffix("/0000000") for part in parts]
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    for name in ("a/train.jsonl", "b/train.jsonl", "b/more.parquet", "b/notes.txt", "b/.cache/train.jsonl"):
+    for name in ("a/train.jsonl", "b/train.jsonl", "b/more.txt.gz", "b/notes.csv", "b/.cache/train.jsonl", "README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(ROW * 2)
+        (tmp_path / name).write_bytes(gzip.compress(ROW) if name.endswith(".gz") else ROW * 2)
     return tmp_path
 
 
 def test_a_file_is_listed_with_its_rows_and_digest(base: Path) -> None:
     resolved = resolve("a/train.jsonl", base)
-    (file,) = resolved.files
-    assert (file.id, file.path, file.rows) == ("train", str(base / "a" / "train.jsonl"), 2)
-    assert file.sha256 == hashlib.sha256(ROW * 2).hexdigest()
+    assert resolved.shards == (
+        (
+            SourcePart(
+                id="train/0000000",
+                path=str(base / "a" / "train.jsonl"),
+                sha256=hashlib.sha256(ROW * 2).hexdigest(),
+                rows=2,
+                size=len(ROW * 2),
+                line=1,
+                format="document",
+            ),
+        ),
+    )
     assert resolved.commit is None
     assert resolve(str(base / "a" / "train.jsonl"), Path("/elsewhere")) == resolved
 
 
 def test_a_folder_is_searched_throughout_and_ids_are_as_long_as_needed(base: Path) -> None:
-    assert [file.id for file in resolve(".", base).files] == ["a/train", "more", "b/train"]
+    assert sources_of(".", base) == ["a/train", "more", "b/train"]
+
+
+def test_what_is_called_readme_or_license_is_about_the_files_of_its_folder_and_is_read_where_it_is_named(
+    base: Path,
+) -> None:
+    for name in ("LICENSE.txt", "readme.html", "dataset_infos.json", "reader.md"):
+        (base / "b" / name).write_bytes(ROW)
+    assert sources_of("b", base) == ["more", "reader", "train"]
+    assert sources_of("README.md", base) == ["README"]
+    assert sources_of("*.md", base) == ["README"]
 
 
 def test_a_glob_lists_what_matches(base: Path) -> None:
-    assert [file.id for file in resolve("*/train.jsonl", base).files] == ["a/train", "b/train"]
-    assert [file.id for file in resolve("b/*", base).files] == ["more", "train"]
-    assert [file.id for file in resolve("**/*.parquet", base).files] == ["more"]
+    assert sources_of("*/train.jsonl", base) == ["a/train", "b/train"]
+    assert sources_of("b/*", base) == ["more", "train"]
+    assert sources_of("**/*.gz", base) == ["more"]
 
 
 def test_two_endings_of_one_name_tell_files_apart() -> None:
     paths = [PurePath("x/a.jsonl"), PurePath("x/a.parquet"), PurePath("y/a.jsonl"), PurePath("b.jsonl")]
     assert ids_of(paths) == ["x/a.jsonl", "a.parquet", "y/a.jsonl", "b.jsonl"]
+    assert ids_of([PurePath("a.b.jsonl.gz"), PurePath("c.html.zst"), PurePath("d.gz.txt")]) == ["a.b", "c", "d.gz"]
 
 
 @pytest.mark.parametrize(
@@ -52,13 +84,13 @@ def test_two_endings_of_one_name_tell_files_apart() -> None:
         ("x/y/z", "there is no file or folder x/y/z"),
         ("missing", "there is no file or folder missing"),
         ("b/*.csv", "matches b/"),
-        ("b/notes.txt", "is not a .jsonl or .parquet file"),
+        ("b/notes.csv", r"is not a \.jsonl, \.json, \.parquet, \.html, \.htm, \.txt or \.md file; convert it"),
         ("b/.cache", None),
     ],
 )
 def test_what_is_not_there_is_one_sentence_that_names_the_setting(base: Path, path: str, says: str | None) -> None:
     if says is None:
-        assert len(resolve(path, base).files) == 1
+        assert len(resolve(path, base).parts) == 1
         return
     with pytest.raises(UsageError, match=says) as caught:
         resolve(path, base, setting="prepare.seed.path")
@@ -68,7 +100,9 @@ def test_what_is_not_there_is_one_sentence_that_names_the_setting(base: Path, pa
 
 def test_a_folder_without_data_says_so(base: Path) -> None:
     (base / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"the folder empty holds no .jsonl or .parquet file"):
+    with pytest.raises(
+        UsageError, match=r"the folder empty holds no .jsonl, .* or .md file; point it at one that does"
+    ):
         resolve("empty", base)
 
 
@@ -82,3 +116,110 @@ def test_each_revision_of_a_dataset_has_its_own_pin() -> None:
     assert pin_key("org/name", "v1") == "org/name@v1"
     with pytest.raises(UsageError, match="not a dataset's name"):
         pin_key("hf://datasets/name", None)
+
+
+# Formats
+
+
+def test_each_file_has_the_format_that_its_rows_have_and_every_part_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_files, "PART_ROWS", 2)
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a", "completion": "b"}\n' * 5)
+    (tmp_path / "b.json").write_bytes(b'[{"instruction": "a", "output": "b"}]')
+    (tmp_path / "c.html").write_bytes(b"<h1>a</h1>")
+    (tmp_path / "d.md").write_bytes(b"### Human: a### Assistant: b")
+    (tmp_path / "e.jsonl").write_bytes(b"broken")
+    (tmp_path / "f.jsonl").write_bytes(b"")
+    formats = {(Path(part.path).name, part.format) for part in resolve(".", tmp_path).parts}
+    assert formats == {
+        ("a.jsonl", "prompt_completion"),
+        ("b.json", "alpaca"),
+        ("c.html", "document"),
+        ("d.md", "document"),
+        ("e.jsonl", None),
+        ("f.jsonl", None),
+    }
+    formats = {(Path(part.path).name, part.format) for part in resolve(".", tmp_path, format="lima").parts}
+    assert {format for name, format in formats if name in ("c.html", "d.md")} == {"document"}
+    assert {format for name, format in formats if name not in ("c.html", "d.md")} == {"lima"}
+
+
+@pytest.mark.parametrize("first", [b"broken\n" * 9, b'{"title": "x"}\n' * 9], ids=["broken", "of no format"])
+def test_a_first_part_without_a_row_that_fits_does_not_hide_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bytes
+) -> None:
+    monkeypatch.setattr(json_files, "PART_ROWS", 4)
+    (tmp_path / "a.jsonl").write_bytes(first + b'{"prompt": "a", "completion": "b"}\n')
+    parts = resolve("a.jsonl", tmp_path).parts
+    assert len(parts) == 3
+    assert {part.format for part in parts} == {"prompt_completion"}
+
+
+def test_a_file_whose_format_cannot_be_told_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"title": "x", "body": "y"}\n')
+    with pytest.raises(MismatchError, match=r"a.jsonl: no format reads the fields body, title; known are ") as caught:
+        resolve("a.jsonl", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# Shards
+
+
+def test_small_files_share_shards_up_to_the_size_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(50):
+        (tmp_path / f"{n:02d}.html").write_bytes(b"<h1>a</h1>" + b"x" * 90)
+    monkeypatch.setattr(sources, "PART_ROWS", 20)
+    by_rows = resolve(".", tmp_path)
+    assert [len(shard) for shard in by_rows.shards] == [20, 20, 10]
+    assert [part.id for part in by_rows.parts] == [f"{n:02d}/0000000" for n in range(50)]
+    monkeypatch.setattr(sources, "PART_BYTES", 1000)
+    assert [len(shard) for shard in resolve(".", tmp_path).shards] == [10] * 5
+    (tmp_path / "25.html").write_bytes(b"<h1>a</h1>" + b"x" * 9000)
+    assert [len(shard) for shard in resolve(".", tmp_path).shards] == [10, 10, 5, 1, 10, 10, 4]
+
+
+def test_parts_of_a_large_file_are_shards_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (json_files, sources):
+        monkeypatch.setattr(module, "PART_ROWS", 10)
+    (tmp_path / "a.jsonl").write_bytes(ROW * 35)
+    (tmp_path / "b.jsonl").write_bytes(ROW * 3)
+    shards = resolve(".", tmp_path).shards
+    assert [[part.rows for part in shard] for shard in shards] == [[10], [10], [10], [5, 3]]
+
+
+# What is known already
+
+
+def test_a_file_that_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_bytes(ROW * 5)
+    (tmp_path / "b.html").write_bytes(b"<h1>a</h1>")
+    listed: dict[str, str] = {}
+    first = resolve(".", tmp_path, listed=listed)
+    assert len(listed) == 2
+    listed = json.loads(json.dumps(listed))
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "extents", None)
+        patch.setattr(sources, "detect", None)
+        assert resolve(".", tmp_path, listed=listed) == first
+        named = resolve(".", tmp_path, listed=listed, format="lima")
+        assert [part.format for part in named.parts] == ["lima", "document"]
+    (tmp_path / "a.jsonl").write_bytes(ROW * 6)
+    assert resolve(".", tmp_path, listed=listed).parts[0].rows == 6
+
+
+def test_a_format_is_told_of_a_file_that_was_listed_with_one_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(ROW)
+    listed: dict[str, str] = {}
+    assert resolve("a.jsonl", tmp_path, format="lima", listed=listed).parts[0].format == "lima"
+    assert resolve("a.jsonl", tmp_path, listed=listed).parts[0].format == "document"
+
+
+def test_a_file_that_cannot_be_opened_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "a.jsonl").write_bytes(ROW)
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(StorageError, match=r"a.jsonl cannot be read: Permission denied$"):
+        resolve("a.jsonl", tmp_path)

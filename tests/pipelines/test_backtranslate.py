@@ -41,6 +41,7 @@ FORWARD_0 = {"forward.compose@0", "forward.train@0", "evaluate.forward@0"}
 FORWARD = {*FORWARD_0, *CURATE_1}
 BACKWARD = {"backward.train", "evaluate.backward", "augment.generate", "augment.filter"}
 AUGMENTED = {"curate.rate@1", *AFTER_SELECT}
+DOCUMENTS = {"prepare.pick_corpus", "augment.generate", "augment.filter", *AUGMENTED}
 EVALUATE_FORWARD = {"evaluate.base", "evaluate.forward@0", "evaluate.forward@1", "evaluate.forward@2"}
 
 
@@ -61,6 +62,9 @@ EVALUATE_FORWARD = {"evaluate.base", "evaluate.forward@0", "evaluate.forward@1",
         ("forward.augmented_system=x", FORWARD),
         ("evaluate.forward_questions=null", EVALUATE_FORWARD),
         ("evaluate.system=x", EVALUATE_FORWARD),
+        ("prepare.corpus.near_duplicates=0.8", DOCUMENTS),
+        ("prepare.corpus.min_chars=1", {"prepare.filter_corpus", *DOCUMENTS}),
+        ("prepare.corpus.format=document", {"prepare.read_corpus", "prepare.filter_corpus", *DOCUMENTS}),
         ("resources.augment.workers=4", set()),
         ("arms=null", set()),
         ("rounds=1", set()),
@@ -73,13 +77,37 @@ def test_changing_a_key_changes_exactly_the_steps_that_follow_from_it(
     assert {key for key in after if before[key] != after[key]} == changed
 
 
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("prepare.seed.top=20", {"prepare.read_seed", "prepare.filter_seed"}),
+        ("prepare.seed.min_words=1", {"prepare.read_seed"}),
+        ("prepare.seed.turns=all", set()),
+    ],
+)
+def test_other_seed_pairs_change_all_but_the_documents(recipe: Path, override: str, kept: set[str]) -> None:
+    before, after = identities(recipe), identities(recipe, override)
+    corpus = {f"prepare.{verb}_corpus" for verb in ("read", "filter", "pick")}
+    assert {key for key in before if before[key] == after[key]} == corpus | kept
+
+
+def test_an_evaluation_set_counts_by_its_bytes(recipe: Path) -> None:
+    override = f"prepare.corpus.decontaminate=[{recipe.parent / 'questions.jsonl'}]"
+    before, after = identities(recipe), identities(recipe, override)
+    assert {key for key in before if before[key] != after[key]} == {"prepare.filter_corpus", *DOCUMENTS}
+    with pytest.raises(UsageError, match=r"prepare\.corpus\.decontaminate: there is no file or folder /not/there"):
+        made(recipe, "prepare.corpus.decontaminate=[/not/there.jsonl]")
+
+
 def test_the_seed_changes_all_that_is_drawn_and_the_model_all_that_it_makes(recipe: Path) -> None:
     before = identities(recipe)
     seeded = identities(recipe, "seed=1")
-    assert {key for key in before if before[key] == seeded[key]} == {"prepare.read_seed", "prepare.read_corpus"}
+    assert {key for key in before if before[key] == seeded[key]} == {
+        f"prepare.{verb}_{what}" for verb in ("read", "filter") for what in ("seed", "corpus")
+    }
     slotted = identities(recipe, "model.slots=4")
     kept = {key for key in before if before[key] == slotted[key]}
-    prepared = {f"prepare.{verb}_{what}" for verb in ("read", "pick") for what in ("seed", "corpus")}
+    prepared = {f"prepare.{verb}_{what}" for verb in ("read", "filter", "pick") for what in ("seed", "corpus")}
     # Fewer slots, after the engine ran out of memory, rate anew but train nothing of what precedes.
     assert kept == {*prepared, "backward.compose", "backward.train", "forward.compose@0", "forward.train@0"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from selfalign.core.records import Dropped, Example, Outcome, Pair, Rated
+from selfalign.core.records import Dropped, Example, Outcome, Rated, SeedPair
 from selfalign.core.stage import Context, External
 from selfalign.data.sources import resolve
 from selfalign.stages.augment import AugmentConfig
@@ -19,7 +19,7 @@ from stages.conftest import Stored
 Seen = Callable[..., Context]
 
 SEED = [
-    Pair(
+    SeedPair(
         id=f"seed/{n}",
         source="s",
         prompt=f"question {n}",
@@ -114,7 +114,7 @@ def replay(tmp_path: Path) -> Callable[..., External]:
         texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
         (tmp_path / "ratings.jsonl").write_text("".join(text + "\n" for text in texts))
         found = resolve("ratings.jsonl", tmp_path)
-        return External("ratings.jsonl", "digest", found.files)
+        return External("ratings.jsonl", "digest", found.shards)
 
     return write
 

@@ -9,7 +9,7 @@ import pytest
 
 from selfalign.core.errors import UsageError
 from selfalign.core.protocols import Reply, Score
-from selfalign.core.records import Pair
+from selfalign.core.records import SeedPair
 from selfalign.core.stage import Built, Context, External
 from selfalign.core.store import Artifact
 from selfalign.engines.config import ModelConfig
@@ -18,7 +18,7 @@ from stages.conftest import FakeEngine, Stored
 
 Seen = Callable[..., Context]
 PAIRS = [
-    Pair(id=f"s/{n}", source="s", prompt=f"prompt {n}", completion=f"completion {n}", split=split)
+    SeedPair(id=f"s/{n}", source="s", prompt=f"prompt {n}", completion=f"completion {n}", split=split)
     for n, split in enumerate(["held_out", "train", "held_out", "held_out"])
 ]
 # Log-probability and tokens by pair: 2, 0.5 and 1.25 nats a token.
@@ -63,7 +63,7 @@ class Measuring:
 @pytest.fixture
 def measured(tmp_path: Path, engine: FakeEngine, seen: Seen, stored: Stored) -> Measuring:
     engine.scores = lambda request, options: [LOSSES.get(request.id, Score(-1.0, 1))]
-    return Measuring(tmp_path, engine, seen, stored("seed", PAIRS, Pair))
+    return Measuring(tmp_path, engine, seen, stored("seed", PAIRS, SeedPair))
 
 
 def test_the_held_out_loss_is_the_mean_of_nats_a_token(measured: Measuring) -> None:
@@ -100,7 +100,7 @@ def test_pairs_that_do_not_fit_are_counted_and_left_out_of_the_mean(measured: Me
 
 
 def test_one_held_out_pair_has_no_interval_and_the_file_no_infinity(measured: Measuring, stored: Stored) -> None:
-    measured.seed = stored("one", PAIRS[:2], Pair)
+    measured.seed = stored("one", PAIRS[:2], SeedPair)
     base, base_files = measured("base")
     assert base.metrics["held_out"] == {"nats_per_token": 2.0, "ci": None, "n": 1, "unmeasured": {}}
     built, _ = measured("m", base=base_files)
@@ -108,7 +108,7 @@ def test_one_held_out_pair_has_no_interval_and_the_file_no_infinity(measured: Me
 
 
 def test_without_held_out_pairs_there_is_no_loss(measured: Measuring, stored: Stored) -> None:
-    measured.seed = stored("none", PAIRS[1:2], Pair)
+    measured.seed = stored("none", PAIRS[1:2], SeedPair)
     built, _ = measured()
     assert built.metrics["held_out"] == {"nats_per_token": None, "ci": None, "n": 0, "unmeasured": {}}
     assert built.metrics["exact_match"] is None

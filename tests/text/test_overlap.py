@@ -1,11 +1,13 @@
 import json
+import re
+import unicodedata
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfalign.text.overlap import is_copy, is_echo, ngram_overlap, normalised, words
+from selfalign.text.overlap import UNSPACED, folded, is_copy, is_echo, ngram_overlap, normalised, words
 
 RECORDED = Path(__file__).parents[3] / "shared/data/lima/rated_150.json"
 needs_data = pytest.mark.skipif(not RECORDED.exists(), reason="needs ../shared/data")
@@ -38,6 +40,22 @@ def recorded() -> list[dict[str, str]]:
 )
 def test_words_are_told_apart_in_any_script(text: str, expected: list[str]) -> None:
     assert words(text) == expected
+
+
+def one_by_one(text: str) -> list[str]:
+    """The words of `text`, character for character of its folded form."""
+    spelled = ""
+    for letter in folded(text):
+        kind = unicodedata.category(letter)[0]
+        unspaced = kind == "L" and re.match(f"[{UNSPACED}]", letter)
+        spelled += f" {letter}" if unspaced else letter if kind in "LNM" else " "
+    return spelled.split()
+
+
+@settings(deadline=None)
+@given(st.text() | st.text(st.sampled_from("aÀ ß\u0301\u0345\u3000\u0085\x1c\u200b\ufb01東कि…_İ\r\n")))
+def test_words_are_those_of_the_folded_text(text: str) -> None:
+    assert words(text) == words(folded(text)) == one_by_one(text)
 
 
 def test_overlap_is_the_share_of_the_first_text_found_in_the_second() -> None:

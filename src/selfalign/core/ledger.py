@@ -11,18 +11,24 @@ from selfalign.core.errors import InternalError
 
 @dataclass
 class Ledger:
-    """Counts of units. `sources` counts the rows they were split from, `in_` what they must add up to."""
+    """Counts of units. `sources` counts the rows they were split from, `in_` what they must add up to.
+
+    `noted` counts kept units that something is said about; they are among `kept`.
+    """
 
     sources: int = 0
     in_: int = 0
     kept: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     quarantined: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
 
     def count(self, outcome: str, reason: str | None, units: int) -> None:
         """Enter one unit, or `units` lost at once."""
         if outcome == "kept":
             self.kept += units
+            if reason is not None:
+                self.noted[reason] += units
         else:
             (self.rejected if outcome == "rejected" else self.quarantined)[reason or "unknown"] += units
 
@@ -41,6 +47,7 @@ class Ledger:
             "kept": self.kept,
             "rejected": dict(sorted(self.rejected.items())),
             "quarantined": dict(sorted(self.quarantined.items())),
+            "noted": dict(sorted(self.noted.items())),
         }
 
 
@@ -53,4 +60,5 @@ def total(ledgers: Iterable[Ledger]) -> Ledger:
         result.kept += ledger.kept
         result.rejected += ledger.rejected
         result.quarantined += ledger.quarantined
+        result.noted += ledger.noted
     return result

@@ -8,9 +8,9 @@ from typing import Literal, Protocol
 from pydantic import Field
 
 from selfalign.core.frozen import Frozen
-from selfalign.core.records import Message, Record
+from selfalign.core.records import Message
 from selfalign.core.shards import ShardReport
-from selfalign.core.stage import BuildStage, Built, Context, Log, MapStage, Resources
+from selfalign.core.stage import BuildStage, Built, Context, Log, MapStage, Resources, ShardSource
 from selfalign.core.store import Artifact
 
 
@@ -94,7 +94,7 @@ class MapJob:
     stage: MapStage
     context: Context
     artifact: Artifact
-    sources: tuple[Path | Record, ...]
+    sources: tuple[ShardSource, ...]
     todo: tuple[int, ...]
     resources: Resources
 

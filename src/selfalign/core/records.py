@@ -24,21 +24,38 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SourceFile(Record):
-    """A file of rows outside the run. `rows` counts its records independently of how they parse."""
+class SourcePart(Record):
+    """Consecutive records of a file outside the run, few enough to be read at once; `id` is that of the first one.
+
+    `sha256` is the whole file's. `rows` counts the part's records independently of how they parse, `first` is the
+    number of its first one in the file, `offset` where that begins and `size` how far the part reaches, in decompressed
+    bytes, and `line` where it begins. In a Parquet file `size` is an estimate, and there is no offset and no line.
+    `format` is the file's, None where it has no well-formed row.
+    """
 
     path: str
     sha256: str
     rows: int
+    first: int = 0
+    offset: int = 0
+    size: int = 0
+    line: int = 0
+    format: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document(Record):
-    """A piece of unlabelled text: a candidate response."""
+    """A piece of unlabelled text: a candidate response.
+
+    A segment of a page has the `header` that it stands under, and `within` names those that enclose it,
+    outermost first.
+    """
 
     source: str
     license: str | None = None
     text: str
+    header: str | None = None
+    within: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +66,21 @@ class Pair(Record):
     license: str | None = None
     prompt: str
     completion: str
-    split: str | None = None
     parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedPair(Pair):
+    """A pair that people wrote, with the labels that its source gives: `language` (as the source writes it), `rank`
+    among the answers to its prompt (0 is the best), `quality` from 0 to 1; null where there is none.
+
+    `split` is `train`, `held_out` or `like_held_out`, null before it is drawn.
+    """
+
+    language: str | None = None
+    rank: int | None = None
+    quality: float | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,4 +145,17 @@ def quarantined(id: str, reason: str, detail: str, units: int = 1) -> Dropped:
     return Dropped(id=id, reason=reason, detail=detail, units=units, outcome="quarantined")
 
 
-Outcome = Record | Dropped
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noted:
+    """A row that goes on, with something about it that the ledger counts: an absent label, say."""
+
+    row: Record
+    note: str
+
+    @property
+    def id(self) -> str:
+        """The row's."""
+        return self.row.id
+
+
+Outcome = Record | Dropped | Noted

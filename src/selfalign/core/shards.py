@@ -11,10 +11,10 @@ from typing import Any
 
 from selfalign.core.errors import InternalError
 from selfalign.core.ledger import Ledger
-from selfalign.core.records import Outcome, Record, quarantined
-from selfalign.core.stage import MapStage, Process
+from selfalign.core.records import Outcome, quarantined
+from selfalign.core.stage import MapStage, Process, ShardSource
 from selfalign.core.store import Artifact, commit
-from selfalign.core.tables import ledger_of, read_kept, to_parquet
+from selfalign.core.tables import further_units, ledger_of, read_kept, to_parquet
 
 # A batch is tried twice whole, because what killed it may well have come from outside and a batch run whole gives
 # the same bytes again; then its rows run alone, once. So a row that kills its worker does so three times in all.
@@ -65,12 +65,12 @@ class ShardReport:
     seconds: float = 0.0
 
 
-def input_rows(stage: MapStage, source: Path | Record) -> list[Any]:
-    """The rows of a map's input shard: those of a table, or the one thing outside that is its own shard."""
-    return [source] if isinstance(source, Record) else list(read_kept(source, stage.record))
+def input_rows(stage: MapStage, source: ShardSource) -> list[Any]:
+    """The rows of a map's input shard: those of a table, or records of what lies outside."""
+    return list(source) if isinstance(source, tuple) else list(read_kept(source, stage.record))
 
 
-def run_shard(stage: MapStage, process: Process, source: Path | Record, artifact: Artifact, number: int) -> ShardReport:
+def run_shard(stage: MapStage, process: Process, source: ShardSource, artifact: Artifact, number: int) -> ShardReport:
     """Make output shard `number` from input shard `source` and commit it; the first commit of its name wins."""
     started, tokens = time.monotonic(), process.tokens()
     rows = input_rows(stage, source)
@@ -87,6 +87,10 @@ def shard_ledger(stage: MapStage, rows: Sequence[Any], artifact: Artifact, numbe
     """The balanced ledger of a committed shard, from what it holds and what went in."""
     ledger = ledger_of(artifact.shard(number))
     ledger.sources, ledger.in_ = len(rows), sum(stage.units(row) for row in rows)
+    if stage.splits:
+        # The number of records is known beforehand, so that each of them must show; what they hold beyond is not.
+        ledger.sources = ledger.in_
+        ledger.in_ += further_units(artifact.shard(number))
     return ledger.check(f"{artifact.name} shard {number}")
 
 

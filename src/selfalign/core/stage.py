@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import Field, JsonValue
 
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from selfalign.core.store import Artifact, Manifest
 
 R = TypeVar("R", bound=Record)
+R_co = TypeVar("R_co", bound=Record, covariant=True)
 
 Settings = Mapping[str, Frozen | JsonValue]
+# What a map's output shard is made from: a shard of a table, or records of what lies outside.
+ShardSource = Path | tuple[Record, ...]
 Log = Callable[[Mapping[str, float]], None]
 
 
@@ -37,12 +40,49 @@ class Resources(Frozen):
 class External:
     """Something outside the run: a file, a folder or a model, pinned by the digest of its content.
 
-    `rows` makes it the main input of a map: each row is a shard of its own (one source file, say).
+    `shards` make it the main input of a map: of records that say where the rows are (parts of source files).
     """
 
     path: str
     digest: str
-    rows: tuple[Record, ...] = ()
+    shards: tuple[tuple[Record, ...], ...] = ()
+
+    @property
+    def rows(self) -> tuple[Record, ...]:
+        """The records of all shards."""
+        return tuple(row for shard in self.shards for row in shard)
+
+
+class Rows(Protocol[R_co]):
+    """Rows that may be gone through several times."""
+
+    def __iter__(self) -> Iterator[R_co]: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class KeptRows(Generic[R]):
+    """The kept rows of a step's output: read from its shards each time they are gone through, never all held."""
+
+    artifact: "Artifact"
+    record: type[R]
+
+    def __iter__(self) -> Iterator[R]:
+        for shard in self.artifact.shards():
+            yield from read_kept(shard, self.record)
+
+    def __len__(self) -> int:
+        kept = _complete(self.artifact).ledger["kept"]
+        assert isinstance(kept, int)
+        return kept
+
+
+def _complete(artifact: "Artifact") -> "Manifest":
+    manifest = artifact.manifest()
+    if manifest is None:
+        raise InternalError(f"{artifact.name} is read before it is complete")
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -53,10 +93,9 @@ class Context:
     seed: int
     inputs: Mapping[str, "Artifact | External"]
 
-    def rows(self, role: str, record: type[R]) -> Iterator[R]:
+    def rows(self, role: str, record: type[R]) -> KeptRows[R]:
         """The kept rows of an input, shard by shard, each in order of id."""
-        for shard in self._artifact(role).shards():
-            yield from read_kept(shard, record)
+        return KeptRows(self._artifact(role), record)
 
     def path(self, role: str) -> Path:
         """The folder of a build's files, or the path of something outside."""
@@ -65,10 +104,7 @@ class Context:
 
     def manifest(self, role: str) -> "Manifest":
         """The manifest of an input made by a step."""
-        manifest = self._artifact(role).manifest()
-        if manifest is None:
-            raise InternalError(f"{self.stage} runs before its input {role!r} is complete")
-        return manifest
+        return _complete(self._artifact(role))
 
     def identity(self, role: str) -> str:
         """Identity of a step's output, or digest of something outside."""
@@ -122,19 +158,22 @@ class Process:
 class MapStage(Stage):
     """One row → rows or dropped rows, by shard. Its main input has the role `rows`.
 
-    `batch_rows` rows are processed at a time: they crash together, and are then retried one by one.
+    `batch_rows` rows are processed at a time: they crash together, and are then retried one by one. A stage that
+    `splits` finds only as it reads how many units its records hold; it calls them `id/0`, `id/1` …
     """
 
     record: ClassVar[type[Record]]
     output: ClassVar[type[Record]]
     batch_rows: ClassVar[int] = 128
+    splits: ClassVar[bool] = False
 
     @abstractmethod
     def open(self, context: Context) -> Process:
         """What processes a batch of rows. Called once a worker, so that models are loaded once."""
 
     def units(self, row: Any) -> int:
-        """How many units a row is split into; each must come out as a row or as dropped."""
+        """How many units a row is split into, or where the stage `splits`, how many records it stands for; each must
+        come out as a row or as dropped."""
         return 1
 
     def size(self, row: Any) -> int:
@@ -144,17 +183,17 @@ class MapStage(Stage):
 
 @dataclass(frozen=True)
 class WholeStage(Stage):
-    """All rows → rows, by one writer. Without inputs that are rows, it makes them."""
+    """All rows → rows, by one writer, which streams them. Without inputs that are rows, it makes them."""
 
     record: ClassVar[type[Record]]
     output: ClassVar[type[Record]]
     shard_rows: int = field(default=512, kw_only=True)
 
     @abstractmethod
-    def run(self, rows: Sequence[Any], context: Context) -> Iterable[Outcome]:
+    def run(self, rows: Rows[Any], context: Context) -> Iterable[Outcome]:
         """Every input row comes out once, kept or dropped; new rows name theirs in `parents`."""
 
-    def units(self, rows: Sequence[Any], context: Context) -> int:
+    def units(self, rows: Rows[Any], context: Context) -> int:
         """How many units must come out: one for each row of the inputs."""
         return len(rows)
 

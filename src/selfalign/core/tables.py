@@ -1,6 +1,7 @@
 """Records as Parquet: one shard holds the rows that were kept and, marked by `outcome`, those that were not."""
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from selfalign.core.errors import StorageError
 from selfalign.core.ledger import Ledger
-from selfalign.core.records import Dropped, Message, Outcome, Record
+from selfalign.core.records import Dropped, Message, Noted, Outcome, Record
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 R = TypeVar("R", bound=Record)
+# Records are numbered with seven digits, units of a record with as few as it takes.
+_FURTHER = re.compile(r"/[1-9]\d{0,5}$")
 
 
 def schema(record: type[Record]) -> "pa.Schema":
@@ -64,7 +67,7 @@ def _cells(outcome: Outcome, columns: list[str]) -> dict[str, Any]:
     if isinstance(outcome, Dropped):
         cells |= {f: getattr(outcome, f) for f in ("id", "outcome", "reason", "detail", "units")}
     else:
-        cells |= {"outcome": "kept", "units": 1}
+        cells |= {"outcome": "kept", "units": 1, "reason": outcome.note if isinstance(outcome, Noted) else None}
     return cells
 
 
@@ -86,7 +89,7 @@ def read_kept(path: Path, record: type[R]) -> Iterator[R]:
 
 
 def read_outcomes(path: Path, record: type[R]) -> Iterator[R | Dropped]:
-    """All rows of a shard. A dropped row carries its record as far as its columns are known."""
+    """All rows of a shard, without their notes. A dropped row carries its record as far as its columns are known."""
     table = _read(path)
     # Page checksums leave the footer out, and the names of the columns stand there.
     if not table.schema.equals(schema(record)):
@@ -111,3 +114,8 @@ def ledger_of(path: Path) -> Ledger:
     for cells in _read(path, ["outcome", "reason", "units"]).to_pylist():
         ledger.count(cells["outcome"], cells["reason"], cells["units"])
     return ledger
+
+
+def further_units(path: Path) -> int:
+    """How many rows of a shard are the second or a later unit of the record that they were split from (`id/1`)."""
+    return sum(_FURTHER.search(str(id)) is not None for id in _read(path, ["id"])["id"].to_pylist())

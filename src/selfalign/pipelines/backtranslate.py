@@ -6,6 +6,7 @@ from pathlib import Path
 
 from selfalign.core.errors import RecipeError
 from selfalign.core.stage import External, Resources, Stage, Step
+from selfalign.data.config import SourceConfig
 from selfalign.engines.config import ModelConfig
 from selfalign.pipelines.externals import Externals
 from selfalign.recipe import Loaded, Recipe
@@ -15,7 +16,9 @@ from selfalign.stages.curate.calibrate import Calibrate
 from selfalign.stages.curate.rate import Rate
 from selfalign.stages.curate.select import KeepAll, Select
 from selfalign.stages.evaluate import Direction, Evaluate, read_questions
-from selfalign.stages.prepare import PickCorpus, PickSeed, ReadCorpus, ReadSeed
+from selfalign.stages.prepare.filter import EVALUATION, FilterCorpus, FilterSeed
+from selfalign.stages.prepare.pick import PickCorpus, PickSeed
+from selfalign.stages.prepare.read import ReadCorpus, ReadSeed
 from selfalign.stages.train import Train
 from selfalign.training.config import TrainConfig, refuse_contradictions
 
@@ -122,13 +125,22 @@ class _Arm:
 
     def prepare(self) -> tuple[Step, Step]:
         """Seed pairs and documents."""
-        prepare = self.recipe.prepare
-        seed_files = self.externals.source(prepare.seed, "prepare.seed")
-        read = self.add("prepare.read_seed", ReadSeed(prepare.seed), {"rows": seed_files})
-        seed = self.add("prepare.pick_seed", PickSeed(config=prepare.seed), {"rows": read})
-        corpus_files = self.externals.source(prepare.corpus, "prepare.corpus")
-        read = self.add("prepare.read_corpus", ReadCorpus(prepare.corpus), {"rows": corpus_files})
-        return seed, self.add("prepare.pick_corpus", PickCorpus(config=prepare.corpus), {"rows": read})
+        seed, corpus = self.recipe.prepare.seed, self.recipe.prepare.corpus
+        files = self.externals.source(seed, "prepare.seed")
+        read = self.add("prepare.read_seed", ReadSeed(seed), {"rows": files})
+        against = self._evaluation_sets(seed, "prepare.seed")
+        filtered = self.add("prepare.filter_seed", FilterSeed(seed), {"rows": read, **against})
+        seed_step = self.add("prepare.pick_seed", PickSeed(config=seed), {"rows": filtered})
+        files = self.externals.source(corpus, "prepare.corpus")
+        read = self.add("prepare.read_corpus", ReadCorpus(corpus), {"rows": files})
+        against = self._evaluation_sets(corpus, "prepare.corpus")
+        filtered = self.add("prepare.filter_corpus", FilterCorpus(corpus), {"rows": read, **against})
+        return seed_step, self.add("prepare.pick_corpus", PickCorpus(config=corpus), {"rows": filtered})
+
+    def _evaluation_sets(self, source: SourceConfig, setting: str) -> dict[str, Source]:
+        """The evaluation sets that a source must share nothing with, by role."""
+        sets = enumerate(source.decontaminate)
+        return {f"{EVALUATION}{n}": self.externals.rows(path, f"{setting}.decontaminate") for n, path in sets}
 
     def backward(self) -> _Model:
         """The backward model, measured beside the base."""

@@ -5,11 +5,14 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from selfalign.core.errors import UsageError
 from selfalign.core.hub import explained, hub_errors
 from selfalign.core.identity import digest, file_digest
+from selfalign.core.records import SourcePart
 from selfalign.core.stage import External
-from selfalign.data.config import SourceConfig
+from selfalign.data.config import FormatName, SourceConfig
 from selfalign.data.sources import pin_key, resolve
 from selfalign.engines.config import ModelConfig, on_this_machine, template_text
 
@@ -19,28 +22,36 @@ _logger = logging.getLogger(__name__)
 @dataclass
 class Externals:
     """Looks things up once. `pinned` maps Hub names to commits and is kept in the run; `digests` saves reading
-    model files again that have not changed since (by path, size and time)."""
+    files again that have not changed since (by path, size and time): a model's, and what a source's hold."""
 
     pinned: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
 
     def source(self, config: SourceConfig, setting: str) -> External:
-        """The files of a source, each a row."""
-        found = resolve(config.path, Path.cwd(), config.revision, self.pinned, setting=f"{setting}.path")
-        if found.commit is not None:
-            self.pinned[pin_key(config.path, config.revision)] = found.commit
-        files = [(file.id, file.sha256, file.rows) for file in found.files]
-        return External(config.path, digest([list(file) for file in files]), found.files)
+        """The rows of a source, in the format that it names or has."""
+        return self._listed(config.path, config.revision, f"{setting}.path", config.format)
+
+    def rows(self, path: str, setting: str) -> External:
+        """Rows that a stage reads by itself, whatever their fields are."""
+        return self._listed(path, None, setting, "document")
 
     def file(self, path: str, setting: str) -> External:
         """A file that a stage reads whole."""
-        found = resolve(path, Path.cwd(), None, self.pinned, setting=setting)
+        found = self.rows(path, setting)
+        files = {row.path: row.sha256 for row in found.rows if isinstance(row, SourcePart)}
+        if len(files) != 1:
+            raise UsageError(f"{setting}: {path} holds {len(files)} files; name one")
+        return External(*files.popitem(), found.shards)
+
+    def _listed(self, path: str, revision: str | None, setting: str, format: FormatName | None) -> External:
+        found = resolve(path, Path.cwd(), revision, self.pinned, setting=setting, format=format, listed=self.digests)
         if found.commit is not None:
-            self.pinned[pin_key(path, None)] = found.commit
-        if len(found.files) != 1:
-            raise UsageError(f"{setting}: {path} holds {len(found.files)} files; name one")
-        return External(found.files[0].path, found.files[0].sha256, found.files)
+            self.pinned[pin_key(path, revision)] = found.commit
+        parts: list[JsonValue] = [
+            [part.id, part.sha256, part.rows, part.format] for shard in found.shards for part in shard
+        ]
+        return External(path, digest(parts), found.shards)
 
     def model(self, config: ModelConfig, setting: str) -> tuple[ModelConfig, External]:
         """The model as it will be loaded on this machine, at a pinned commit, and its digest."""

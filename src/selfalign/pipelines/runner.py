@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -16,9 +17,9 @@ from selfalign.core.identity import code_digest, file_digest
 from selfalign.core.lease import Owner, lease, presence
 from selfalign.core.ledger import Ledger, total
 from selfalign.core.protocols import Backend, BuildJob, MapJob
-from selfalign.core.records import Record, SourceFile
+from selfalign.core.records import Record, SourcePart
 from selfalign.core.shards import ShardReport, input_rows, shard_ledger
-from selfalign.core.stage import BuildStage, Context, External, MapStage, Stage, Step, WholeStage
+from selfalign.core.stage import BuildStage, Context, External, MapStage, Rows, ShardSource, Stage, Step, WholeStage
 from selfalign.core.store import (
     Artifact,
     Manifest,
@@ -205,7 +206,7 @@ class Runner:
 
     def _map(self, step: Step, stage: MapStage, context: Context, artifact: Artifact) -> Manifest:
         main = context.inputs["rows"]
-        sources: tuple[Path | Record, ...] = main.rows if isinstance(main, External) else tuple(main.shards())
+        sources: tuple[ShardSource, ...] = main.shards if isinstance(main, External) else tuple(main.shards())
         todo = tuple(n for n in range(len(sources)) if not artifact.shard(n).exists())
         self.listener.step_started(step, None if isinstance(main, External) else _rows_in(context.manifest("rows")))
         for number in set(range(len(sources))) - set(todo):
@@ -224,18 +225,23 @@ class Runner:
     def _whole(self, step: Step, stage: WholeStage, context: Context, artifact: Artifact) -> Manifest:
         started = time.monotonic()
         self.listener.step_started(step, None)
-        rows = list(context.rows("rows", stage.record)) if "rows" in step.inputs else []
-        outcomes = sorted(stage.run(rows, context), key=lambda outcome: outcome.id)
-        if len({o.id for o in outcomes}) != len(outcomes):
-            raise InternalError(f"{step.name}: an id came out twice")
-        numbers = range(max(1, -(-len(outcomes) // stage.shard_rows)))
-        for n in numbers:
-            part = outcomes[n * stage.shard_rows : (n + 1) * stage.shard_rows]
-            commit(artifact.shard(n), to_parquet(part, stage.output))
-        ledger = total(ledger_of(artifact.shard(n)) for n in numbers)
+        rows: Rows[Record] = context.rows("rows", stage.record) if "rows" in step.inputs else ()
+        outcomes, seen = iter(stage.run(rows, context)), set[int]()
+        ledgers: list[Ledger] = []
+        # One shard at a time is held. A stage without any row has one empty shard.
+        while (part := list(islice(outcomes, stage.shard_rows))) or not ledgers:
+            for outcome in part:
+                # Their hashes, because there may be many.
+                if hash(outcome.id) in seen:
+                    raise InternalError(f"{step.name}: the id {outcome.id!r} came out twice")
+                seen.add(hash(outcome.id))
+            path = artifact.shard(len(ledgers))
+            commit(path, to_parquet(part, stage.output))
+            ledgers.append(ledger_of(path))
+        ledger = total(ledgers)
         ledger.sources, ledger.in_ = len(rows), stage.units(rows, context)
         self._measure(artifact, {"seconds": time.monotonic() - started})
-        return self._finish(step, artifact, ledger, [artifact.shard(n).name for n in numbers])
+        return self._finish(step, artifact, ledger, [artifact.shard(n).name for n in range(len(ledgers))])
 
     def _build(self, step: Step, stage: BuildStage, context: Context, artifact: Artifact) -> Manifest:
         with lease(artifact.folder / "lease.json", self.wait, self.listener.note) as owner:
@@ -344,9 +350,9 @@ class Runner:
 
 
 def _check_unchanged(source: External) -> None:
-    for row in source.rows:
-        if isinstance(row, SourceFile) and file_digest(Path(row.path)) != row.sha256:
-            raise StorageError(f"{row.path} has changed since this run began; run again to read it anew")
+    for path, sha256 in {(row.path, row.sha256) for row in source.rows if isinstance(row, SourcePart)}:
+        if file_digest(Path(path)) != sha256:
+            raise StorageError(f"{path} has changed since this run began; run again to read it anew")
 
 
 def _rows_in(manifest: Manifest | None) -> int:

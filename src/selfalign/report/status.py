@@ -40,7 +40,7 @@ def _step(step: StepView) -> dict[str, JsonValue]:
         "name": step.name,
         "arm": step.arm,
         "state": step.state,
-        **{key: ledger.get(key) for key in ("sources", "in", "kept", "rejected", "quarantined")},
+        **{key: ledger.get(key) for key in ("sources", "in", "kept", "rejected", "quarantined", "noted")},
         "seconds": manifest.seconds if manifest else None,
         "tokens": manifest.tokens if manifest else None,
         "message": step.message,
@@ -105,6 +105,7 @@ def steps_table(run: RunView) -> Table:
         dropped = {
             **_counts(row["rejected"]),
             **{f"{k} (quarantined)": n for k, n in _counts(row["quarantined"]).items()},
+            **{f"{k} (kept)": n for k, n in _counts(row["noted"]).items()},
         }
         told = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         cells = [row["in"], row["kept"], told or step.message, row["tokens"] or None, row["seconds"]]

@@ -11,7 +11,7 @@ from selfalign.core.frozen import RecipePath
 from selfalign.core.identity import digest
 from selfalign.core.protocols import Request, Sampling
 from selfalign.core.records import Candidate, Document, Message, Outcome, Record, rejected
-from selfalign.core.stage import Context, MapStage, Process, Settings, WholeStage
+from selfalign.core.stage import Context, MapStage, Process, Rows, Settings, WholeStage
 from selfalign.core.store import Manifest, dropped
 from selfalign.engines.config import ModelConfig
 from selfalign.stages.models import identity_of, open_model
@@ -120,7 +120,7 @@ class Filter(WholeStage):
             "prompt": self.prompt,
         }
 
-    def run(self, rows: Sequence[Candidate], context: Context) -> Iterable[Outcome]:
+    def run(self, rows: Rows[Candidate], context: Context) -> Iterable[Outcome]:
         template = self.prompt
         seen: set[str] = set()
         for row in rows:

@@ -1,6 +1,6 @@
 """Write the training rows: prompts, system tags, seed mix and rating replay, so that training knows no prompt."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -16,11 +16,12 @@ from selfalign.core.records import (
     Pair,
     Rated,
     Record,
-    SourceFile,
+    SeedPair,
+    SourcePart,
     quarantined,
     rejected,
 )
-from selfalign.core.stage import Context, External, Settings, WholeStage
+from selfalign.core.stage import Context, External, Rows, Settings, WholeStage
 from selfalign.stages.augment import AugmentConfig
 from selfalign.stages.curate.config import CurateConfig
 from selfalign.stages.curate.rate import RatingPrompt
@@ -55,7 +56,7 @@ class ComposeBackward(WholeStage):
     """Seed pairs, turned round: the response is the prompt, the instruction is what is learnt."""
 
     name: ClassVar[str] = "backward.compose"
-    record: ClassVar[type[Record]] = Pair
+    record: ClassVar[type[Record]] = SeedPair
     output: ClassVar[type[Record]] = Example
     augment: AugmentConfig
     prompt: str = field(init=False)
@@ -67,7 +68,7 @@ class ComposeBackward(WholeStage):
     def settings(self) -> Settings:
         return {"prompt": self.prompt}
 
-    def run(self, rows: Sequence[Pair], context: Context) -> Iterable[Outcome]:
+    def run(self, rows: Rows[SeedPair], context: Context) -> Iterable[Outcome]:
         for row in rows:
             if row.split != "train":
                 yield rejected(row.id, row.split or "no_split")
@@ -82,7 +83,7 @@ class ComposeForward(WholeStage):
 
     name: ClassVar[str] = "forward.compose"
     seeded: ClassVar[bool] = True
-    record: ClassVar[type[Record]] = Pair
+    record: ClassVar[type[Record]] = SeedPair
     output: ClassVar[type[Record]] = Example
     config: ComposeConfig
     curate: CurateConfig
@@ -99,25 +100,29 @@ class ComposeForward(WholeStage):
             config |= {"replay_rows": replay.rows, **self.rating.settings()}
         return config
 
-    def units(self, rows: Sequence[Pair], context: Context) -> int:
-        curated = sum(1 for _ in self._curated(context))
+    def units(self, rows: Rows[SeedPair], context: Context) -> int:
+        curated = len(self._curated(context))
         return len(rows) + curated + sum(file.rows for file in self._replay_files(context))
 
-    def run(self, rows: Sequence[Pair], context: Context) -> Iterable[Outcome]:
+    def run(self, rows: Rows[SeedPair], context: Context) -> Iterable[Outcome]:
+        # In an order of their own, whatever they come from: the trainer's shuffle starts from it.
+        yield from sorted(self._outcomes(rows, context), key=lambda outcome: outcome.id)
+
+    def _outcomes(self, rows: Rows[SeedPair], context: Context) -> Iterator[Example | Dropped]:
         for row in rows:
             reason = row.split if row.split != "train" else None if self.config.include_seed else "seed_left_out"
             yield rejected(row.id, reason) if reason else _example(row, "seed", self.config.seed_system)
-        for row in self._curated(context):
-            yield _example(row, "augmented", self.config.augmented_system)
+        for curated in self._curated(context):
+            yield _example(curated, "augmented", self.config.augmented_system)
         yield from self._replay(context)
 
-    def _curated(self, context: Context) -> Iterator[Rated]:
-        return context.rows("curated", Rated) if "curated" in context.inputs else iter(())
+    def _curated(self, context: Context) -> Rows[Rated]:
+        return context.rows("curated", Rated) if "curated" in context.inputs else ()
 
-    def _replay_files(self, context: Context) -> list[SourceFile]:
+    def _replay_files(self, context: Context) -> list[SourcePart]:
         source = context.inputs.get("replay")
         rows = source.rows if isinstance(source, External) else ()
-        return [row for row in rows if isinstance(row, SourceFile)]
+        return [row for row in rows if isinstance(row, SourcePart)]
 
     def _replay(self, context: Context) -> Iterator[Example | Dropped]:
         from selfalign.data.readers import RawRow, read_rows

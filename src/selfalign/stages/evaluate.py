@@ -14,7 +14,7 @@ from selfalign.core.errors import UsageError
 from selfalign.core.frozen import Frozen, RecipePath
 from selfalign.core.ledger import Ledger
 from selfalign.core.protocols import Engine, Request, Sampling
-from selfalign.core.records import Message, Pair
+from selfalign.core.records import Message, Pair, SeedPair
 from selfalign.core.stage import BuildStage, Built, Context, Log, Settings
 from selfalign.engines.config import ModelConfig
 from selfalign.evaluation.metrics import (
@@ -117,7 +117,7 @@ class Evaluate(BuildStage):
     def build(self, context: Context, folder: Path, log: Log) -> Built:
         engine, adapter = open_model(self.model, context)
         tokens = engine.tokens
-        pairs = [pair for pair in context.rows("seed", Pair) if pair.split == "held_out"]
+        pairs = [pair for pair in context.rows("seed", SeedPair) if pair.split == "held_out"]
         losses, unmeasured = self._losses(engine, adapter, pairs)
         questions = read_questions(context.path("questions")) if "questions" in context.inputs else []
         right, replies = self._answers(engine, adapter, questions, pairs)

@@ -59,7 +59,7 @@ class Train(BuildStage):
             raise GateError("no row is left to train on; `selfalign status` says where they were dropped")
         config = self.config
         if "match" in context.inputs and config.max_steps > 0:
-            there = sum(1 for _ in context.rows("match", Example))
+            there = len(context.rows("match", Example))
             config = config.model_copy(update={"max_steps": round(config.max_steps * len(examples) / there)})
         seed = context.seed if config.seed is None else config.seed
         trained = train(examples, self.model, config, folder, seed, log)

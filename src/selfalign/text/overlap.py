@@ -43,14 +43,17 @@ _SPACING = _Spacing()
 
 def folded(text: str) -> str:
     """`text` with compatibility forms unified (NFKC), without case, with single spaces."""
-    # Folding can undo the normal form, so it comes in the middle.
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(text.split())
+    return " ".join(_unified(text).split())
 
 
 def words(text: str) -> list[str]:
     """Words without case and punctuation; one a character in scripts that put no spaces between words."""
-    return folded(text).translate(_SPACING).split()
+    return _unified(text).translate(_SPACING).split()
+
+
+def _unified(text: str) -> str:
+    # Folding can undo the normal form, so it comes in the middle.
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 def normalised(text: str) -> str:

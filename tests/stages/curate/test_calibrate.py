@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from selfalign.core.errors import GateError
 from selfalign.core.ledger import Ledger
 from selfalign.core.protocols import Request, Score
-from selfalign.core.records import Pair
+from selfalign.core.records import SeedPair
 from selfalign.core.stage import Built, Context
 from selfalign.core.store import Manifest
 from selfalign.engines.config import ModelConfig
@@ -33,11 +33,13 @@ def responses(draw: st.DrawFn) -> str:
     return draw(st.sampled_from(["", " ", "\n"])) + "".join(w + draw(gap) for w in parts[:-1]) + parts[-1]
 
 
-def pairs(count: int, split: str = "held_out") -> list[Pair]:
+def pairs(count: int, split: str = "held_out") -> list[SeedPair]:
     def text(n: int) -> str:
         return f"The {n} answer is this and no other one"
 
-    return [Pair(id=f"{split}/{n}", source="s", prompt=f"Q{n}", completion=text(n), split=split) for n in range(count)]
+    return [
+        SeedPair(id=f"{split}/{n}", source="s", prompt=f"Q{n}", completion=text(n), split=split) for n in range(count)
+    ]
 
 
 @given(responses(), st.sampled_from(["", " ", "\n"]), st.randoms(use_true_random=False))
@@ -69,7 +71,7 @@ def test_cuts_vary() -> None:
 
 @given(st.lists(st.sampled_from(["yes", "no", "two words", "three words here"]), max_size=8), st.integers())
 def test_a_swapped_pair_never_keeps_its_own_response(completions: list[str], seed: int) -> None:
-    rows = [Pair(id=f"p{n}", source="s", prompt=f"Q{n}", completion=text) for n, text in enumerate(completions)]
+    rows = [SeedPair(id=f"p{n}", source="s", prompt=f"Q{n}", completion=text) for n, text in enumerate(completions)]
     planted = plant(rows, random.Random(seed))
     own = {row.id: row for row in rows}
     for each in planted:
@@ -112,11 +114,11 @@ def calibrated(
 ) -> Callable[..., Calibrated]:
     """What the stage builds, and the planted pairs with their verdicts."""
 
-    def run(engine: FakeEngine, rows: list[Pair], seed: int = 0, **config: object) -> Calibrated:
+    def run(engine: FakeEngine, rows: list[SeedPair], seed: int = 0, **config: object) -> Calibrated:
         monkeypatch.setattr("selfalign.engines.open.open_engine", lambda config: engine)
         folder = tmp_path_factory.mktemp("draft")
         stage = Calibrate(CurateConfig(**config), ModelConfig(path="x"))
-        built = stage.build(seen(seed, seed=stored(folder.name, rows, Pair)), folder, lambda line: None)
+        built = stage.build(seen(seed, seed=stored(folder.name, rows, SeedPair)), folder, lambda line: None)
         lines = (folder / "planted.jsonl").read_text().splitlines()
         metrics = json.loads((folder / "metrics.json").read_text(), parse_constant=_refuse)
         assert metrics == built.metrics
@@ -206,7 +208,7 @@ def test_with_nothing_held_out_there_is_no_test_and_the_gate_says_what_to_do(
 
 
 def test_one_held_out_pair_of_one_word_cannot_be_compared(calibrated: Callable[..., Calibrated]) -> None:
-    row = Pair(id="held_out/0", source="s", prompt="Q0 x", completion="Yes\n", split="held_out")
+    row = SeedPair(id="held_out/0", source="s", prompt="Q0 x", completion="Yes\n", split="held_out")
     built, planted = calibrated(knows(5, 5), [row])
     assert [each["kind"] for each in planted] == ["seed"]
     assert built.metrics["auc"] is None

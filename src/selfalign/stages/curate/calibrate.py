@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from selfalign.core.errors import GateError
 from selfalign.core.ledger import Ledger
-from selfalign.core.records import Pair
+from selfalign.core.records import Pair, SeedPair
 from selfalign.core.stage import BuildStage, Built, Context, Log, Settings
 from selfalign.core.store import Manifest
 from selfalign.engines.config import ModelConfig
@@ -84,7 +84,7 @@ class Calibrate(BuildStage):
         return {"min_auc": self.config.min_auc, "min_rated": self.config.min_rated}
 
     def build(self, context: Context, folder: Path, log: Log) -> Built:
-        held_out = [pair for pair in context.rows("seed", Pair) if pair.split == "held_out"]
+        held_out = [pair for pair in context.rows("seed", SeedPair) if pair.split == "held_out"]
         planted = plant(held_out, random.Random(context.seed_for("planted")))
         engine, adapter = open_model(self.model, context)
         tokens = engine.tokens

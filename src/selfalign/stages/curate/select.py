@@ -7,7 +7,7 @@ from typing import ClassVar
 from selfalign.core.errors import GateError
 from selfalign.core.identity import seed_for
 from selfalign.core.records import Candidate, Outcome, Rated, Record, rejected
-from selfalign.core.stage import Context, Settings, WholeStage
+from selfalign.core.stage import Context, Rows, Settings, WholeStage
 from selfalign.core.store import Manifest
 from selfalign.stages.curate.config import CurateConfig
 from selfalign.stages.curate.rate import why_unrated
@@ -31,16 +31,16 @@ class Select(WholeStage):
     def gates(self) -> Settings:
         return {"min_rated": self.config.min_rated}
 
-    def run(self, rows: Sequence[Rated], context: Context) -> Iterable[Outcome]:
-        reasons = {row.id: self._reason(row) for row in rows}
-        best: dict[tuple[str, ...], Rated] = {}
-        for row in sorted(rows, key=lambda row: (-(row.rating or 0), row.id)):
-            if reasons[row.id] is None:
-                best.setdefault(row.parents, row)
-        chosen = _matched([row.id for row in best.values()], context)
+    def run(self, rows: Rows[Rated], context: Context) -> Iterable[Outcome]:
+        best: dict[tuple[str, ...], tuple[float, str]] = {}
         for row in rows:
-            reason = reasons[row.id]
-            if reason is None and best[row.parents].id != row.id:
+            if self._reason(row) is None:
+                worth = (-(row.rating or 0), row.id)
+                best[row.parents] = min(worth, best.get(row.parents, worth))
+        chosen = _matched([id for _, id in best.values()], context)
+        for row in rows:
+            reason = self._reason(row)
+            if reason is None and best[row.parents][1] != row.id:
                 reason = "not_best"
             if reason is None and row.id not in chosen:
                 reason = "match_size"
@@ -78,7 +78,7 @@ class KeepAll(WholeStage):
     record: ClassVar[type[Record]] = Candidate
     output: ClassVar[type[Record]] = Rated
 
-    def run(self, rows: Sequence[Candidate], context: Context) -> Iterable[Outcome]:
+    def run(self, rows: Rows[Candidate], context: Context) -> Iterable[Outcome]:
         first: dict[tuple[str, ...], str] = {}
         for row in rows:
             first.setdefault(row.parents, row.id)

@@ -1,0 +1,142 @@
+"""`selfalign gc`: remove from a run folder what no step of it names, and what dead writers left behind."""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from selfalign.core.errors import LeaseHeldError, StorageError, UsageError
+from selfalign.core.lease import anyone_present
+from selfalign.core.store import Artifact
+
+_logger = logging.getLogger(__name__)
+
+# Only what we name ourselves is ever removed: a user's own files may lie anywhere in the folder.
+_ARTIFACT = re.compile(r"[a-z_]+(\.[a-z_]+)?-[0-9a-f]{16}")
+_DRAFT = re.compile(r"\.[\w.-]+\.(json|parquet|html)\.[0-9a-f]{12}")
+_JOURNAL = re.compile(r"journal-(\d{5})\.jsonl")
+_PART = re.compile(r"(manifest|lease)\.json|metrics\.jsonl|shard-\d{5}\.parquet|files|tmp|draft-[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something to remove: its size in bytes, and why nobody needs it."""
+
+    path: Path
+    size: int
+    why: str
+
+
+def collect(root: Path, dry_run: bool = False) -> Iterator[Garbage]:
+    """What no step of the run needs, each removed before it is yielded unless `dry_run`.
+
+    No symbolic link is followed. Stopped at any moment, the next call goes on. Raises UsageError where there is no run,
+    LeaseHeldError while somebody works on it.
+    """
+    # Its name may be a link, which is how people put runs on another disk.
+    root = root.resolve()
+    named = _named(root)
+    _check_alone(root)
+    if (root / "artifacts").is_symlink():
+        raise UsageError(f"{root / 'artifacts'} is a link; gc follows none, so that it removes nothing elsewhere")
+    for garbage in _found(root, named):
+        if not dry_run:
+            # Again for each: somebody may have begun since.
+            _check_alone(root)
+            _remove(garbage.path)
+        yield garbage
+
+
+def _named(root: Path) -> frozenset[str]:
+    """The artifacts that the run's steps name."""
+    path = root / "run.json"
+    try:
+        named = frozenset(str(step["artifact"]) for step in json.loads(path.read_bytes())["steps"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{root} holds no run (no readable run.json), so nothing in it is known to be ours") from error
+    if not named:
+        raise UsageError(f"{path} names no step, so that nothing can be told from what is needed; run the recipe first")
+    return named
+
+
+def _check_alone(root: Path) -> None:
+    if anyone_present(root / "drivers"):
+        raise LeaseHeldError(f"somebody works on {root} (see {root / 'drivers'}); run gc again when it has ended")
+
+
+def _found(root: Path, named: frozenset[str]) -> Iterator[Garbage]:
+    yield from _drafts(root)
+    yield from _drafts(root / "drivers")
+    for path in _entries(root / "drivers"):
+        # No driver is alive.
+        if path.suffix == ".json" and not path.name.startswith(".") and path.is_file():
+            yield _garbage(path, "a driver that has died")
+    for folder in _entries(root / "artifacts"):
+        if not _ARTIFACT.fullmatch(folder.name) or not folder.is_dir():
+            continue
+        if anyone_present(folder):
+            # A build's lease, held from another host that runs no driver here.
+            continue
+        if folder.name in named:
+            yield from _within(folder)
+        elif strange := [path.name for path in folder.iterdir() if not _is_ours(path.name)]:
+            _logger.warning("%s stays, though no step names it: %s in it is not ours", folder, strange[0])
+        else:
+            yield _garbage(folder, "an artifact that no step names")
+
+
+def _within(folder: Path) -> Iterator[Garbage]:
+    """What can go of an artifact that stays."""
+    yield from _drafts(folder)
+    artifact = Artifact(folder, folder.name.rpartition("-")[2])
+    complete = (folder / "manifest.json").exists()
+    shards = {path.name for path in artifact.shards()}
+    for path in _entries(folder):
+        journal = _JOURNAL.fullmatch(path.name)
+        if journal and path.is_file() and artifact.shard(int(journal[1])).name in shards:
+            yield _garbage(path, "a journal of a shard that is complete")
+        elif path.is_dir() and (path.name.startswith("draft-") or path.name == "tmp"):
+            yield _garbage(path, "a build that was not finished")
+        elif path == artifact.files and path.is_dir() and not complete:
+            yield _garbage(path, "a build whose manifest was never written")
+        elif path.name == "lease.json" and path.is_file():
+            yield _garbage(path, "a builder that has died")
+
+
+def _is_ours(name: str) -> bool:
+    return any(pattern.fullmatch(name) for pattern in (_PART, _JOURNAL, _DRAFT))
+
+
+def _drafts(folder: Path) -> Iterator[Garbage]:
+    for path in _entries(folder):
+        if _DRAFT.fullmatch(path.name) and path.is_file():
+            yield _garbage(path, "a file that was not finished")
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, as it is now. Links are no part of it, and a link to a folder holds nothing."""
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if not path.is_symlink())
+
+
+def _garbage(path: Path, why: str) -> Garbage:
+    inside = [Path(top, name) for top, _, names in os.walk(path) for name in names]
+    return Garbage(path, sum(file.lstat().st_size for file in inside or [path] if not file.is_dir()), why)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with what it holds; a link inside it goes, what it leads to stays."""
+    try:
+        if path.is_dir():
+            # It first: what is left of an artifact without one is incomplete, and never taken for the whole.
+            (path / "manifest.json").unlink(missing_ok=True)
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot remove {path}: {error.strerror}; what was removed so far is gone") from error

@@ -1,0 +1,484 @@
+"""The sections of a report: what a run's facts look like, chart by chart, and in words."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from selfalign.report import charts
+from selfalign.report.charts import Estimate, Level, Ridge, Words
+from selfalign.report.facts import (
+    RATING_EDGES,
+    Facts,
+    Lengths,
+    Planted,
+    Ratings,
+    Training,
+    count,
+    counts,
+    drops,
+    is_finished,
+    manifest_of,
+)
+from selfalign.report.run import StepView
+
+SOURCES = 12
+# Of more logged losses than this, the running mean is drawn.
+DENSE = 150
+
+
+@dataclass(frozen=True)
+class Table:
+    """The numbers behind a chart, or a table of its own. `words` are the columns that hold no numbers."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Sequence[int] = (0,)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its caption and its numbers."""
+
+    title: str
+    svg: str
+    caption: str
+    table: Table | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with what belongs under it; `missing` says what does not exist, and why."""
+
+    id: str
+    title: str
+    lead: str = ""
+    figures: Sequence[Figure] = ()
+    missing: Sequence[str] = ()
+    table: Table | None = None
+
+
+def data(facts: Facts) -> Section:
+    """From documents to training rows."""
+    levels = facts.levels()
+    section = Section(
+        "data",
+        "From documents to training rows",
+        f"The main arm{f', round {facts.round}' if facts.rounds('curate.select') else ''}. "
+        "Blue is what is left at each stage, pale what was dropped there.",
+    )
+    steps = [
+        "prepare.read_seed",
+        "prepare.filter_seed",
+        "prepare.pick_seed",
+        "prepare.read_corpus",
+        "prepare.filter_corpus",
+        "prepare.pick_corpus",
+        "augment.generate",
+        "augment.filter",
+        *(f"{name}@{facts.round}" for name in ("curate.rate", "curate.select", "forward.compose", "forward.train")),
+    ]
+    rows = [
+        [name, f"{count(step, 'in'):,}", f"{count(step, 'kept'):,}", reasons(step)]
+        for name in steps
+        if (step := facts.finished(name))
+    ]
+    # Older runs have no filters of their own, and a recipe that keeps all rates nothing.
+    optional = ("prepare.filter_seed", "prepare.filter_corpus", f"curate.rate@{facts.round}")
+    missing = [why for name in steps if name not in optional and (why := why_missing(facts, name))]
+    if not levels:
+        return replace(section, missing=missing)
+    text = f"n = {levels[0].count:,} at the top, {levels[-1].count:,} at the end."
+    title = "What is left at each stage"
+    figure = Figure(title, charts.waterfall(levels, Words("flow", title, _spoken(levels))), text)
+    table = Table(("step", "in", "kept", "dropped, by reason"), rows, (0, 3))
+    return replace(section, figures=[figure], missing=missing, table=table)
+
+
+def _spoken(levels: Sequence[Level]) -> str:
+    return "; ".join(f"{level.label}: {level.count:,}" for level in levels)
+
+
+def ratings(facts: Facts) -> Section:
+    """How the rater distributed its ratings."""
+    threshold = facts.number("curate", "threshold")
+    lead = "What the rater gave the candidates, from 1 to 5"
+    lead += "" if threshold is None else f"; from {threshold:g} on a pair is kept"
+    section = Section("ratings", "Ratings", f"{lead}.")
+    figures = [_rating_figure(found, threshold) for found in facts.ratings()]
+    missing = []
+    if facts.setting("curate", "keep") == "all":
+        missing.append("This recipe rates nothing: curate.keep is all.")
+    elif not figures:
+        missing.append(why_missing(facts, f"curate.rate@{facts.round}") or "No pairs were rated.")
+    return replace(section, figures=figures, missing=missing)
+
+
+def _rating_figure(found: Ratings, threshold: float | None) -> Figure:
+    below, above = sum(found.below), sum(found.above)
+    k = found.step.name.rpartition("@")[2]
+    title = f"Round {k}"
+    unrated = ", ".join(f"{n:,} {reason}" for reason, n in found.unrated.items())
+    caption = f"n = {found.n:,} rated; {f'without a usable rating: {unrated}' if unrated else 'none is unrated'}."
+    if threshold is not None:
+        caption = f"{above:,} at or above {threshold:g}, {below:,} below. {caption}"
+    svg = charts.histogram(
+        found.below, found.above, RATING_EDGES, threshold, Words(f"ratings-{k}", f"Ratings, round {k}", caption)
+    )
+    whole = [a + b for a, b in zip(found.below, found.above, strict=True)]
+    middles = [(low + high) / 2 for low, high in pairwise(RATING_EDGES)]
+    rows = [[f"{middle:.1f}", f"{n:,}"] for middle, n in zip(middles, whole, strict=True) if n]
+    return Figure(title, svg, caption, Table(("rating, to the nearest tenth", "pairs"), rows))
+
+
+def calibration(facts: Facts) -> Section:
+    """Whether the rater can be trusted."""
+    section = Section(
+        "calibration",
+        "Calibration: can the rater be trusted?",
+        "Held-out seed pairs as they are, and the same spoilt on purpose. The area under the curve (AUC) is how often "
+        "a seed pair is rated above a spoilt one: 1 is perfect, .5 is chance.",
+    )
+    figures: list[Figure] = []
+    for step, planted in facts.calibrations():
+        figures += _calibration_figures(step, planted)
+    missing = []
+    if facts.setting("curate", "keep") == "all":
+        missing.append("This recipe rates nothing: curate.keep is all.")
+    elif not figures:
+        missing.append(why_missing(facts, f"curate.calibrate@{facts.round}") or "No planted pairs were rated.")
+    return replace(section, figures=figures, missing=missing)
+
+
+_PLANTED = {"seed": "Seed pairs as they are", "swapped": "Another pair's response", "truncated": "Response cut short"}
+
+
+def _calibration_figures(step: StepView, planted: Sequence[Planted]) -> Iterator[Figure]:
+    k = step.name.rpartition("@")[2]
+    if not any(kind.n for kind in planted):
+        return
+    metrics = manifest_of(step).metrics
+    whole, ends = metrics.get("auc"), metrics.get("auc_ci")
+    rows = [
+        Ridge(_called(kind), f"n = {kind.n:,}", kind.counts, charts.FIRST if kind.kind == "seed" else charts.SECOND)
+        for kind in planted
+    ]
+    unrated = metrics.get("unrated")
+    told = ", ".join(f"{n} {reason}" for reason, n in unrated.items()) if isinstance(unrated, dict) else ""
+    caption = f"n = {sum(kind.n for kind in planted):,} rated; {f'unrated: {told}' if told else 'none is unrated'}."
+    ticks = [(float(grade), str(grade)) for grade in range(1, 6)]
+    table = Table(
+        ("planted pairs", "n", "AUC against seed pairs", "95%"),
+        [[kind.kind, f"{kind.n:,}", _figure(kind.auc), _interval(kind.interval)] for kind in planted],
+    )
+    title = f"Round {k}: ratings of planted pairs"
+    yield Figure(title, charts.ridges(rows, RATING_EDGES, ticks, Words(f"planted-{k}", title, caption)), caption, table)
+    kinds = [kind for kind in planted if kind.auc is not None]
+    estimates = [_auc(_called(kind), kind.auc, kind.interval, False) for kind in kinds]
+    if isinstance(whole, float):
+        estimates.insert(0, _auc("All of them", whole, _ends(ends), True))
+    if not estimates:
+        return
+    low = min(estimate.interval[0] if estimate.interval else estimate.middle for estimate in estimates)
+    bounds = (0.5 if low >= 0.5 else 0.0, 1.0)
+    seeds = next((kind.n for kind in planted if kind.kind == "seed"), 0)
+    against = sum(kind.n for kind in kinds)
+    caption = f"{estimates[0].value} in all, with 95% intervals; n = {seeds:,} seed pairs against {against:,} others."
+    title = f"Round {k}: AUC"
+    yield Figure(title, charts.intervals(estimates, Words(f"auc-{k}", title, caption), bounds), caption)
+
+
+def _called(kind: Planted) -> str:
+    return _PLANTED.get(kind.kind, kind.kind)
+
+
+def _auc(label: str, middle: float | None, interval: tuple[float, float] | None, filled: bool) -> Estimate:
+    assert middle is not None
+    ends = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+    return Estimate(label, f"{middle:.3f}{ends}", middle, interval, charts.FIRST, filled)
+
+
+def texts(facts: Facts) -> Section:
+    """How long the texts are and where they come from."""
+    section = Section("texts", "Lengths and sources", "Length is counted in characters; the line marks the median.")
+    figures = [
+        _length_figure(found, title, name)
+        for column, title, name in (
+            ("prompt", "Instructions", "lengths-instructions"),
+            ("completion", "Responses", "lengths-responses"),
+        )
+        if (found := facts.lengths(column))[1]
+    ]
+    sources = facts.sources()
+    missing = []
+    if sources:
+        figures.append(_source_figure(sources))
+    else:
+        missing.append(why_missing(facts, f"curate.select@{facts.round}") or "No pairs were selected.")
+    return replace(section, figures=figures, missing=missing)
+
+
+def _length_figure(found: tuple[Sequence[float], Sequence[Lengths]], title: str, name: str) -> Figure:
+    edges, groups = found
+    colours = {"Seed": charts.SECOND, "Candidates": charts.MUTED, "Curated": charts.FIRST}
+    rows = [
+        Ridge(
+            f"{group.group}, n = {group.n:,}",
+            f"median {group.median:,.0f}",
+            group.counts,
+            colours[group.group],
+            group.median,
+        )
+        for group in groups
+    ]
+    steps = (1, 2, 5) if edges[-1] < 200 * edges[0] else (1, 3)
+    ticks = [step * 10**n for n in range(8) for step in steps if edges[0] <= step * 10**n <= edges[-1]]
+    if len(ticks) < 2:
+        ticks = sorted({int(edges[0] + 0.5), int(edges[-1])})
+    told = [f"{g.group}: 90% from {g.low:,.0f} to {g.high:,.0f}" for g in groups]
+    caption = f"{'; '.join(told)}. The axis is logarithmic."
+    table = Table(
+        ("group", "n", "5%", "median", "95%"),
+        [[g.group, f"{g.n:,}", f"{g.low:,.0f}", f"{g.median:,.0f}", f"{g.high:,.0f}"] for g in groups],
+    )
+    svg = charts.ridges(rows, edges, [(n, f"{n:,}") for n in ticks], Words(name, f"Length of {title.lower()}", caption))
+    return Figure(title, svg, caption, table)
+
+
+def _source_figure(sources: Sequence[tuple[str, int, int]]) -> Figure:
+    shown, rest = sources[:SOURCES], sources[SOURCES:]
+    before, after = sum(n for _, n, _ in sources), sum(n for _, _, n in sources)
+    caption = f"Candidates (pale) and what curation kept of them (blue): {after:,} of n = {before:,}"
+    caption += f", from {len(sources):,} {'source' if len(sources) == 1 else 'sources'}"
+    caption += f"; shown are the {SOURCES} largest." if rest else "."
+    title = "Sources before and after curation"
+    svg = charts.before_and_after(shown, Words("sources", title, caption))
+    others = [(f"{len(rest):,} others", sum(n for _, n, _ in rest), sum(n for _, _, n in rest))] if rest else []
+    rows = [[name, f"{had:,}", f"{has:,}", f"{has / had:.1%}"] for name, had, has in (*shown, *others)]
+    return Figure(title, svg, caption, Table(("source", "candidates", "curated", "kept"), rows))
+
+
+def training(facts: Facts) -> Section:
+    """How the trainings went."""
+    lead = "Nats a token of the completions, by step, as logged."
+    trainings = facts.trainings()
+    forward = [t for t in trainings if t.step.name.startswith("forward")]
+    backward = [t for t in trainings if t not in forward]
+    figures = [
+        _loss_figure(found, _loss_bounds(group), n)
+        for group in (backward, forward)
+        for n, found in enumerate(group, len(backward) if group is forward else 0)
+    ]
+    names = [step.title for step in facts.run.steps if ".train" in step.name and step.state != "skipped"]
+    have = {found.step.title for found in trainings}
+    without = [name for name in names if name not in have]
+    missing = [f"Nothing is logged yet of {', '.join(without)}."] if without else []
+    if not names:
+        missing.append("This run has no training.")
+    lead += " The forward models share one axis." if len(forward) > 1 else ""
+    lead += " Axes are logarithmic where losses span more than a factor of 20."
+    return Section("training", "Training loss", lead, figures, missing)
+
+
+def _loss_bounds(group: Sequence[Training]) -> tuple[float, float]:
+    values = [loss for training in group for loss in training.losses]
+    low, high = min(values), max(values)
+    if charts.is_logarithmic((low, high)):
+        return low * 0.8, high * 1.25
+    return 0.0, high * 1.05 or 1.0
+
+
+def _loss_figure(found: Training, bounds: tuple[float, float], number: int) -> Figure:
+    smooth = _smoothed(found.losses) if len(found.losses) > DENSE else []
+    step = found.step
+    k = step.name.partition("@")[2]
+    model = f"M{k}" if k else "Backward model"
+    title = model if step.arm is None else f"{model}, {step.arm}"
+    last = (smooth or found.losses)[-1]
+    at, end = f"{found.steps[-1]:,.0f}", f"{found.last_step:,.0f}"
+    caption = f"{found.losses[0]:.3g} → {last:.3g} in {end} steps" if at == end else f"{last:.3g} at step {at} of {end}"
+    caption += f", n = {count(step, 'kept'):,} rows" if is_finished(step) else ""
+    caption += f"; mean of {_window(found.losses)} values, single ones pale" if smooth else ""
+    svg = charts.curve(
+        found.steps, found.losses, smooth, found.last_step, bounds, Words(f"loss-{number}", f"Loss of {title}", caption)
+    )
+    return Figure(title, svg, f"{caption}.")
+
+
+def _window(values: Sequence[float]) -> int:
+    return max(len(values) // 40, 2)
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """The running mean over as many values before as there are behind: what a curve says without its noise."""
+    half = _window(values) // 2
+    found = []
+    for n in range(len(values)):
+        near = min(half, n, len(values) - 1 - n)
+        found.append(math.fsum(values[n - near : n + near + 1]) / (2 * near + 1))
+    return found
+
+
+def results(facts: Facts) -> Section:
+    """What was measured."""
+    section = Section(
+        "results",
+        "Results by model and arm",
+        "With 95% intervals. Filled dots are the main arm's, hollow ones the other arms'; the grey dot and the upright "
+        "strokes are the base.",
+    )
+    rows = facts.measured()
+    figures = [
+        *_match_figure([(r.model, r.main, r.metrics) for r in rows], "Questions answered right", "accuracy"),
+        *_held_out_figure([(r.model, r.main, r.metrics) for r in rows], "Held-out loss", "held-out"),
+    ]
+    backward = [
+        (model, True, manifest_of(step).metrics)
+        for model, name in (("base", "evaluate.base_backward"), ("backward", "evaluate.backward"))
+        if (step := facts.finished(name))
+    ]
+    figures += _match_figure(backward, "Backward model: the instruction guessed exactly", "backward-accuracy")
+    figures += _held_out_figure(backward, "Backward model: held-out loss", "backward-held-out")
+    missing = []
+    if not rows:
+        missing.append(why_missing(facts, "evaluate.base") or "No forward model was measured.")
+    elif not any(row.metrics.get("exact_match") for row in rows):
+        missing.append("The recipe names no questions (evaluate.forward_questions), so there is no accuracy.")
+    return replace(section, figures=figures, missing=missing)
+
+
+Rows = Sequence[tuple[str, bool, Mapping[str, Any]]]
+
+
+def _match_figure(rows: Rows, title: str, name: str) -> Iterator[Figure]:
+    found = [(model, main, m["exact_match"], m) for model, main, m in rows if m.get("exact_match")]
+    if not found:
+        return
+    estimates = [
+        Estimate(model, _percent(match), match["share"], _ends(match["ci"]), _colour(model), main)
+        for model, main, match, _ in found
+    ]
+    base = next((match["share"] for model, _, match, _ in found if model == "base"), None)
+    sizes = _sizes(match["n"] for _, _, match, _ in found)
+    caption = f"Highest: {_best(max(estimates, key=_middle))}. {sizes} questions."
+    svg = charts.intervals(estimates, Words(name, title, caption), (0.0, 1.0), True, base)
+    cells = [
+        [
+            model,
+            f"{match['n']:,}",
+            f"{match['share']:.1%}",
+            percents(match["ci"], ""),
+            _difference(m, "exact_match", 100, 1),
+        ]
+        for model, _, match, m in found
+    ]
+    yield Figure(title, svg, caption, Table(("model", "n", "right", "95%", "− base, points (95%)"), cells))
+
+
+def _held_out_figure(rows: Rows, title: str, name: str) -> Iterator[Figure]:
+    found = [(model, main, m["held_out"], m) for model, main, m in rows if m["held_out"]["nats_per_token"] is not None]
+    if not found:
+        return
+    estimates = [
+        Estimate(model, _nats(loss), loss["nats_per_token"], _ends(loss["ci"]), _colour(model), main)
+        for model, main, loss, _ in found
+    ]
+    base = next((loss["nats_per_token"] for model, _, loss, _ in found if model == "base"), None)
+    sizes = _sizes(loss["n"] for _, _, loss, _ in found)
+    caption = f"Nats a token; lower is better. Lowest: {_best(min(estimates, key=_middle))}. {sizes} held-out pairs."
+    svg = charts.intervals(estimates, Words(name, title, caption), None, False, base)
+    cells = [
+        [
+            model,
+            f"{loss['n']:,}",
+            f"{loss['nats_per_token']:.3f}",
+            _interval(_ends(loss["ci"])),
+            _difference(m, "held_out", 1, 3),
+        ]
+        for model, _, loss, m in found
+    ]
+    yield Figure(title, svg, caption, Table(("model", "n", "loss", "95%", "− base (95%)"), cells))
+
+
+def _colour(model: str) -> str:
+    return charts.MUTED if model == "base" or model.endswith(" base") else charts.FIRST
+
+
+def _middle(estimate: Estimate) -> float:
+    return estimate.middle
+
+
+def _best(estimate: Estimate) -> str:
+    return f"{estimate.label}, {estimate.value}"
+
+
+def _percent(match: Mapping[str, Any]) -> str:
+    ends = _ends(match["ci"])
+    return f"{match['share']:.1%}" + (f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if ends else "")
+
+
+def _nats(loss: Mapping[str, Any]) -> str:
+    ends = _ends(loss["ci"])
+    return f"{loss['nats_per_token']:.3f}" + (f" ({_interval(ends)})" if ends else "")
+
+
+def _sizes(sizes: Iterator[int]) -> str:
+    found = sorted(set(sizes))
+    return f"n = {found[0]:,}" if len(found) == 1 else f"n = {found[0]:,} to {found[-1]:,}"
+
+
+def _difference(metrics: Mapping[str, Any], name: str, scale: float, digits: int) -> str:
+    gap = (metrics.get("against_base") or {}).get(name)
+    return gap_text(gap, scale, digits, "") if gap else ""
+
+
+# Words
+
+
+def why_missing(facts: Facts, name: str) -> str:
+    """Why a step shows nothing; empty where it has a result."""
+    if facts.finished(name):
+        return ""
+    step = facts.run.step(name)
+    if step is None:
+        return f"This run has no step {name}."
+    return f"{name} is {step.state}{f': {step.message}' if step.message else ''}."
+
+
+def reasons(step: StepView) -> str:
+    """What a step dropped, by reason, and what it noted of rows that it kept."""
+    told = [f"{n:,} {reason}" for reason, n in drops(step)]
+    told += [f"noted: {n:,} {what}" for what, n in counts(step, "noted").items()]
+    return ", ".join(told)
+
+
+def _ends(ends: object) -> tuple[float, float] | None:
+    return (float(ends[0]), float(ends[1])) if isinstance(ends, list | tuple) else None
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else ""
+
+
+def spread(ends: object) -> str:
+    """An interval in brackets; empty where there is none."""
+    pair = _ends(ends)
+    return f" (95%: {_interval(pair)})" if pair else ""
+
+
+def percents(ends: object, lead: str = "95%: ") -> str:
+    """An interval of a share; empty where there is none."""
+    pair = _ends(ends)
+    return f"{lead}{pair[0]:.1%} to {pair[1]:.1%}" if pair else ""
+
+
+def gap_text(gap: Mapping[str, Any], scale: float, digits: int, unit: str) -> str:
+    """A difference with its interval."""
+    told = [f"{scale * value:+.{digits}f}" for value in (gap["difference"], *(gap["ci"] or ()))]
+    ends = f" (95%: {told[1]} to {told[2]})" if len(told) > 1 else ""
+    return f"{told[0]}{unit}{ends}".replace("-", "−")

@@ -1,0 +1,197 @@
+"""What gc removes from a run folder, and what it leaves alone."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from selfalign.core.errors import LeaseHeldError, StorageError, UsageError
+from selfalign.core.lease import Owner, presence
+from selfalign.pipelines.gc import collect
+
+NAMED, STALE, BUILD = "curate.rate-" + "a" * 16, "curate.rate-" + "b" * 16, "train-" + "c" * 16
+KEPT = ("recipe.json", "pinned.json", "digests.json")
+HEX = "0123456789ab"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A run of two steps, one of them complete, one of them killed, and an artifact of an earlier setting."""
+    root = tmp_path / "run"
+    steps = [{"name": "curate.rate@1", "artifact": NAMED}, {"name": "forward.train@1", "artifact": BUILD}]
+    fill(
+        root, {"run.json": json.dumps({"steps": steps}), "recipe.json": "{}", "pinned.json": "{}", "digests.json": "{}"}
+    )
+    for name in (NAMED, STALE):
+        shard = {f"{kind}-00000.{end}": kind for kind, end in (("shard", "parquet"), ("journal", "jsonl"))}
+        fill(root / "artifacts" / name, {**shard, "metrics.jsonl": "{}", "manifest.json": "{}"})
+    return root
+
+
+def fill(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def tree(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or path.is_file()}
+
+
+def test_artifacts_that_no_step_names_go_and_those_it_names_stay(root: Path) -> None:
+    before = tree(root)
+    removed = list(collect(root))
+    stale = {name for name in before if STALE in name}
+    assert before - tree(root) == stale | {f"artifacts/{NAMED}/journal-00000.jsonl"}
+    assert {garbage.path.name for garbage in removed} == {STALE, "journal-00000.jsonl"}
+    assert next(g for g in removed if g.path.name == STALE).size == len("shard" + "journal" + "{}" + "{}")
+    assert list(collect(root)) == []
+
+
+def test_a_dry_run_tells_the_same_and_removes_nothing(root: Path) -> None:
+    before = tree(root)
+    told = list(collect(root, dry_run=True))
+    assert tree(root) == before
+    assert told == list(collect(root))
+
+
+def test_what_dead_writers_left_goes(root: Path) -> None:
+    left = {
+        f".run.json.{HEX}": "",
+        f".report.html.{HEX}": "",
+        f"drivers/.node-7.json.{HEX}": "",
+        "drivers/node-7.json": "torn",
+        f"artifacts/{NAMED}/.shard-00001.parquet.{HEX}": "",
+        f"artifacts/{NAMED}/.manifest.json.{HEX}": "",
+        f"artifacts/{BUILD}/lease.json": "torn",
+        f"artifacts/{BUILD}/.lease.json.{HEX}": "",
+        f"artifacts/{BUILD}/draft-{HEX}/model.safetensors": "half",
+        f"artifacts/{BUILD}/tmp/train-x/optimizer.pt": "half",
+        f"artifacts/{BUILD}/files/model.safetensors": "whole, but its manifest was never written",
+    }
+    fill(root, left)
+    list(collect(root))
+    assert not tree(root) & set(left)
+
+
+def test_shards_and_journals_of_an_unfinished_map_stay(root: Path) -> None:
+    (root / "artifacts" / NAMED / "manifest.json").unlink()
+    fill(root / "artifacts" / NAMED, {"journal-00001.jsonl": "in flight"})
+    list(collect(root))
+    assert {name for name in tree(root) if NAMED in name} == {
+        f"artifacts/{NAMED}/{name}" for name in ("shard-00000.parquet", "journal-00001.jsonl", "metrics.jsonl")
+    }
+
+
+def test_a_finished_build_keeps_its_files(root: Path) -> None:
+    fill(root / "artifacts" / BUILD, {"files/model.safetensors": "whole", "manifest.json": "{}"})
+    list(collect(root))
+    assert {f"artifacts/{BUILD}/files/model.safetensors", f"artifacts/{BUILD}/manifest.json"} <= tree(root)
+
+
+def test_files_of_the_users_own_stay_wherever_they_lie(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mine = {
+        "notes.txt",
+        ".hidden",
+        ".notes.json.swp",
+        "report.html",
+        "artifacts/notes.txt",
+        "artifacts/my-model/weights.bin",
+        f"artifacts/{NAMED}/notes.txt",
+        "artifacts/curate.rate-" + "d" * 16 + "/notes.txt",
+        "drivers/notes.txt",
+        "tmp/x",
+    }
+    fill(root, dict.fromkeys(mine, "mine"))
+    with caplog.at_level(logging.WARNING):
+        list(collect(root))
+    assert mine <= tree(root)
+    assert "notes.txt in it is not ours" in caplog.text
+
+
+def test_no_link_is_followed(root: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    fill(outside, {"shard-00000.parquet": "theirs", f".run.json.{HEX}": "theirs", "a.json": "torn"})
+    links = [root / "artifacts" / ("train-" + "e" * 16), root / "drivers", root / "artifacts" / STALE / "files"]
+    for link in links:
+        link.symlink_to(outside)
+    (root / "artifacts" / NAMED / "tmp").symlink_to(outside)
+    (root / f".recipe.json.{HEX}").symlink_to(outside / "a.json")
+    list(collect(root))
+    assert tree(outside) == {"shard-00000.parquet", f".run.json.{HEX}", "a.json"}
+    assert links[0].is_symlink()
+    assert not (root / "artifacts" / STALE).exists()
+
+
+def test_a_run_folder_may_itself_be_a_link(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(root)
+    assert list(collect(tmp_path / "link"))
+    assert not (root / "artifacts" / STALE).exists()
+
+
+def test_artifacts_on_another_disk_are_refused(root: Path, tmp_path: Path) -> None:
+    shutil.move(root / "artifacts", tmp_path / "disk")
+    (root / "artifacts").symlink_to(tmp_path / "disk")
+    with pytest.raises(UsageError, match="is a link"):
+        list(collect(root))
+
+
+def test_nothing_goes_while_a_driver_is_alive(root: Path) -> None:
+    before = tree(root)
+    with presence(root / "drivers", print), pytest.raises(LeaseHeldError, match="somebody works on"):
+        list(collect(root))
+    assert tree(root) == before
+
+
+def test_a_driver_that_begins_meanwhile_stops_it(root: Path) -> None:
+    fill(root / "artifacts" / ("curate.rate-" + "d" * 16), {"manifest.json": "{}"})
+    removing: Iterator[object] = collect(root)
+    next(removing)
+    with presence(root / "drivers", print), pytest.raises(LeaseHeldError):
+        list(removing)
+    assert list(collect(root))
+
+
+def test_an_artifact_whose_builder_lives_elsewhere_stays(root: Path) -> None:
+    holder = Owner("another-host", 1, "0", HEX)
+    fill(root / "artifacts" / STALE, {"lease.json": json.dumps(asdict(holder))})
+    list(collect(root))
+    assert (root / "artifacts" / STALE / "manifest.json").exists()
+    os.utime(root / "artifacts" / STALE / "lease.json", (0, 0))
+    list(collect(root))
+    assert not (root / "artifacts" / STALE).exists()
+
+
+def test_stopped_in_the_middle_it_goes_on_and_no_half_of_an_artifact_passes_for_the_whole(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path) -> None:
+        (path / "shard-00000.parquet").unlink()
+        raise OSError(5, "killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(StorageError, match="killed"):
+            list(collect(root))
+    half = root / "artifacts" / STALE
+    assert half.exists()
+    assert not (half / "manifest.json").exists()
+    list(collect(root))
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"steps": []}', '{"steps": [{}]}', '{"steps": 3}'])
+def test_a_folder_that_names_no_steps_is_left_alone(root: Path, text: str | None) -> None:
+    (root / "run.json").unlink()
+    if text is not None:
+        (root / "run.json").write_text(text)
+    before = tree(root)
+    with pytest.raises(UsageError):
+        list(collect(root))
+    assert tree(root) == before

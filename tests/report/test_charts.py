@@ -1,0 +1,115 @@
+"""Charts as SVG elements of a page."""
+
+import re
+from collections.abc import Callable
+from xml.etree import ElementTree
+
+import matplotlib
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfalign.report.charts import (
+    VARIABLES,
+    Estimate,
+    Level,
+    Ridge,
+    Words,
+    before_and_after,
+    curve,
+    histogram,
+    intervals,
+    is_logarithmic,
+    ridges,
+    waterfall,
+)
+
+WORDS = Words("c1", "Title", "What it says")
+EDGES = [1.0, 2.0, 3.0, 4.0, 5.0]
+
+CHARTS: dict[str, Callable[[Words], str]] = {
+    "waterfall": lambda words: waterfall(
+        [Level("Read", 9), Level("Kept", 3, (("a", 1), ("b", 2)), (("c", 6),))], words
+    ),
+    "histogram": lambda words: histogram([3, 1, 0, 0], [0, 1, 4, 2], EDGES, 2.5, words),
+    "ridges": lambda words: ridges(
+        [Ridge("a", "n = 6", [1, 2, 3, 0], mark=3.0)], EDGES, [(1.0, "1"), (5.0, "5")], words
+    ),
+    "intervals": lambda words: intervals([Estimate("a", ".5", 0.5, (0.4, 0.6)), Estimate("b", ".7", 0.7, None)], words),
+    "before_and_after": lambda words: before_and_after([("a", 9, 3), ("b", 1, 0)], words),
+    "curve": lambda words: curve([10, 20], [3.0, 1.0], [], 40, (0.0, 3.2), words),
+}
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter("text")]
+
+
+@pytest.mark.parametrize("chart", CHARTS.values(), ids=CHARTS)
+def test_a_chart_is_an_image_with_a_title_in_the_colours_of_the_page(chart: Callable[[Words], str]) -> None:
+    svg = chart(WORDS)
+    root = ElementTree.fromstring(svg)
+    assert (root.tag, root.get("role"), root.get("aria-labelledby")) == ("svg", "img", "c1-title c1-desc")
+    assert [(child.tag, child.text) for child in root[:2]] == [("title", "Title"), ("desc", "What it says")]
+    # Any other colour would not follow the theme.
+    assert not re.search(r"(fill|stroke): (#|rgb)", svg)
+    assert set(re.findall(r"var\((.*?)\)", svg)) <= set(VARIABLES.values())
+    assert not re.search(r"font-family|<style|http|xmlns", svg)
+
+
+@pytest.mark.parametrize("chart", CHARTS.values(), ids=CHARTS)
+def test_ids_are_the_charts_own_and_what_they_name_is_there(chart: Callable[[Words], str]) -> None:
+    one, other = chart(WORDS), chart(Words("c2", "", ""))
+    ids = re.findall(r' id="(.*?)"', one)
+    assert all(id.startswith("c1-") for id in ids)
+    assert not set(ids) & set(re.findall(r' id="(.*?)"', other))
+    assert set(re.findall(r'url\(#(.*?)\)|href="#(.*?)"', one)) <= {pair for id in ids for pair in ((id, ""), ("", id))}
+
+
+@pytest.mark.parametrize("chart", CHARTS.values(), ids=CHARTS)
+def test_the_same_numbers_give_the_same_bytes_and_leave_matplotlib_as_it_was(chart: Callable[[Words], str]) -> None:
+    before = dict(matplotlib.rcParams)
+    assert chart(WORDS) == chart(WORDS)
+    assert dict(matplotlib.rcParams) == before
+
+
+@given(st.text(max_size=30), st.integers(0, 10**12))
+@settings(max_examples=30, deadline=None)
+def test_any_label_is_text_and_any_count_is_drawn(label: str, n: int) -> None:
+    svg = waterfall([Level(label, n, dropped=((label, n),))], Words("c", label, label))
+    root = ElementTree.fromstring(svg)
+    assert f"{n:,}" in texts(svg)
+    assert {element.tag for element in root.iter()} <= {
+        "svg", "title", "desc", "g", "path", "text", "defs", "clipPath", "rect"
+    }  # fmt: skip
+
+
+def test_a_label_is_never_taken_for_a_formula_or_for_markup() -> None:
+    label = "$x^2$ <script> & --> 語"
+    assert label in texts(before_and_after([(label, 2, 1)], WORDS))
+
+
+def test_a_label_that_would_run_into_its_value_is_cut() -> None:
+    label, value = texts(before_and_after([("n" * 200, 2_000_000, 1)], WORDS))
+    assert label.endswith("…")
+    assert len(label) + len(value) < 60
+
+
+def test_bars_are_as_long_as_their_counts_and_none_that_counts_is_invisible() -> None:
+    svg = waterfall([Level("a", 1_000_000), Level("b", 250_000, dropped=(("c", 750_000),)), Level("d", 1)], WORDS)
+    spans = [[float(x) for x in re.findall(r"[ML] ([\d.]+)", path)] for path in re.findall(r' d="(.*?)"', svg)[1:]]
+    assert [round(max(xs) - min(xs)) for xs in spans] == [400, 300, 100, 1]
+
+
+def test_an_axis_over_more_than_a_factor_of_twenty_is_logarithmic() -> None:
+    assert is_logarithmic((0.001, 3.0))
+    assert not is_logarithmic((0.2, 3.0))
+    assert not is_logarithmic((0.0, 3.0))
+    assert texts(curve([1, 2], [3.0, 0.002], [], 2, (0.001, 4.0), WORDS))[-4:] == ["0.001", "0.01", "0.1", "1"]
+
+
+def test_what_has_only_one_value_or_none_is_drawn_too() -> None:
+    assert curve([5], [1.0], [], 5, (0.0, 1.1), WORDS)
+    assert intervals([Estimate("a", "0", 0.0, None)], WORDS)
+    assert histogram([0, 0, 0, 0], [0, 0, 0, 0], EDGES, 5.0, WORDS)
+    assert before_and_after([("a", 0, 0)], WORDS)

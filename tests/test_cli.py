@@ -2,17 +2,20 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import small
 from selfalign.cli import main
 from selfalign.demo.base import base_folder
+from selfalign.report.export import Format, StageName
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,108 @@ def test_show_prints_pairs_ratings_and_replies(calm: Path, capsys: pytest.Captur
     assert sample["high"][0]["rating"] >= sample["low"][0]["rating"]
     assert main(["show", str(calm)]) == 0
     assert "Rated highest" in capsys.readouterr().out
+
+
+def test_report_writes_one_file(calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(calm), "--to", str(tmp_path / "look.html")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "look.html")
+    assert (tmp_path / "look.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("stage", get_args(StageName))
+def test_every_stage_of_a_run_is_exported(
+    calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main(["export", str(calm), "--stage", stage, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    rows = [json.loads(line) for line in (tmp_path / f"{stage}.jsonl").read_text().splitlines()]
+    assert (told["path"], told["rows"]) == (f"{stage}.jsonl", len(rows))
+    assert all(list(row) == told["columns"] for row in rows)
+    # The ledger's count of what was kept.
+    step = next(s for s in status(calm, capsys)["steps"] if s["name"] == told["step"] and s["arm"] is None)
+    assert sum(row.get("outcome", "kept") == "kept" for row in rows) == step["kept"]
+    assert main(["export", str(calm), "--stage", stage]) == 2
+    assert "--force" in capsys.readouterr().err
+    for format in get_args(Format):
+        assert main(["export", str(calm), "--stage", stage, "--force", "--format", format, "--arm", "exposed"]) == (
+            2 if stage == "rated" else 0
+        )
+
+
+def test_merge_makes_a_model_of_a_runs_adapter(
+    recipe: Path, calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, dest = tmp_path / "run", tmp_path / "merged"
+    adapters = ["backward.lora_r=4", "forward.lora_r=4", "arms=null", "rounds=1"]
+    for only in (["prepare"], ["forward", "--round", "0"]):
+        assert main(["run", str(recipe), *adapters, "--run", str(root), "--only", *only]) == 0
+    capsys.readouterr()
+    assert main(["merge", str(root), str(dest), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["difference"] <= told["allowed"]
+    replies = []
+    for model in (root, dest):
+        assert main(["generate", str(model), "--prompt", "Which colour has Vage?", "--max-new-tokens", "8"]) == 0
+        replies.append(capsys.readouterr().out)
+    assert replies[0] == replies[1]
+    assert main(["merge", str(root), str(dest)]) == 2
+    assert main(["merge", str(calm), str(tmp_path / "other")]) == 2
+    assert "full model" in capsys.readouterr().err
+
+
+def test_gc_removes_what_earlier_settings_made_and_the_run_stays_whole(
+    recipe: Path, calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(calm, tmp_path / "run")
+    again = ["run", str(recipe), "arms=null", "rounds=1", "--run", str(root)]
+    assert main(again) == 0
+    before = contents(root, capsys)
+    assert main(["gc", str(root), "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert any("no step names" in thing["why"] for thing in told["removed"])
+    assert main(["gc", str(root), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {**told, "dry_run": False}
+    assert {path.name for path in (root / "artifacts").iterdir()} == set(before)
+    assert main(again) == 0
+    assert contents(root, capsys) == before
+    assert main(["gc", str(tmp_path)]) == 2
+
+
+def test_doctor_ends_with_2_where_something_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selfalign.doctor import Check
+
+    answers = [Check("disk", "ok", "much"), Check("gpu", "warn", "none", "buy one")]
+    monkeypatch.setattr("selfalign.doctor.checks", lambda run: iter(answers))
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "warn gpu" in said
+    assert "→ buy one" in said
+    answers.append(Check("memory", "fail", "little", "close something"))
+    assert main(["doctor", "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert (told["ok"], [check["state"] for check in told["checks"]]) == (False, ["ok", "warn", "fail"])
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_only_what_is_needed_is_asked_for(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb])
+    assert capsys.readouterr().err.strip().endswith("the following arguments are required: RECIPE")
+
+
+def test_every_verb_has_an_example_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    verbs = re.findall(r"^    (\w+) +\S", capsys.readouterr().out, re.MULTILINE)
+    assert {"run", "export", "merge", "gc", "doctor", "report"} <= set(verbs)
+    for verb in verbs:
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        assert f"example: selfalign {verb} " in capsys.readouterr().out.replace("\n", " ") + " "
 
 
 def test_generate_asks_the_last_model_of_a_run(calm: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -329,10 +329,11 @@ def test_a_hub_that_answers_something_else_is_told(
 def test_a_hub_that_is_not_there_is_told_without_the_password_of_its_url(
     server: fake_hub.Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://me:canary@127.0.0.1:9")
-    check = doctor.hub()
-    is_told(check, "warn", "127.0.0.1 cannot be reached", "HF_ENDPOINT")
-    assert "canary" not in str(check)
+    for address, told in (("http://me:canary@127.0.0.1:9", "127.0.0.1"), ("me:canary@x", ""), ("http://[canary", "")):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        check = doctor.hub()
+        is_told(check, "warn", f"{told} cannot be reached", "HF_ENDPOINT")
+        assert "canary" not in str(check)
 
 
 def test_a_hub_that_says_nothing_is_not_waited_for(server: fake_hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,126 @@ def generate(arguments: Arguments) -> int:
     return 0
 
 
+def report(arguments: Arguments) -> int:
+    """A run as one HTML file to look at: waterfall, ratings, losses, results, samples."""
+    from selfalign.report.html import write_report
+    from selfalign.report.run import RunView
+
+    root = Path(arguments.run)
+    written = write_report(RunView.open(root), Path(arguments.to) if arguments.to else root / "report.html")
+    print(json.dumps({"path": str(written)}) if arguments.json else written)
+    return 0
+
+
+def export(arguments: Arguments) -> int:
+    """A stage's rows as one file that TRL, axolotl and LLaMA-Factory read as it is.
+
+    A file that is there already is replaced with --force alone.
+    """
+    from selfalign.report import export as exporting
+    from selfalign.report.run import RunView
+
+    done = exporting.export(
+        RunView.open(Path(arguments.run)),
+        arguments.stage,
+        to=Path(arguments.to) if arguments.to else None,
+        format=arguments.format,
+        columns=arguments.columns,
+        arm=arguments.arm,
+        round=arguments.round,
+        dropped=arguments.dropped,
+        replace=arguments.force,
+    )
+    if done.step.message:
+        print(f"selfalign: note: {done.step.title}: {done.step.message}", file=sys.stderr)
+    if arguments.json:
+        told = {"path": str(done.path), "rows": done.rows, "columns": done.columns, "step": done.step.title}
+        print(json.dumps(told))
+    else:
+        print(f"{done.path}: {done.rows} rows of {done.step.title}; columns: {', '.join(done.columns)}")
+    return 0
+
+
+def merge(arguments: Arguments) -> int:
+    """Put an adapter into its base's weights, and check that the result answers the same.
+
+    MODEL is what `generate` takes. Its logits are compared with those of base and adapter; where they differ by more
+    than rounding explains, nothing is kept (exit 3).
+    """
+    from dataclasses import asdict
+
+    from selfalign.report import merge as merging
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    done = merging.merge(arguments.model, Path(arguments.dest), arguments.dtype, say)
+    if arguments.json:
+        print(json.dumps({**asdict(done), "path": str(done.path)}))
+        return 0
+    print(f"{done.path}: {done.base} with the adapter merged in, {done.dtype}")
+    print(
+        f"logits differ from base + adapter by up to {done.difference:.3g} ({done.allowed:.3g} is allowed); "
+        f"of what the adapter changes, rounding loses {done.lost:.1%}"
+    )
+    if done.from_quantised is not None:
+        print(
+            f"training saw the base in {done.quantisation}, and this is the unquantised one: from what training saw, "
+            f"logits differ by up to {done.from_quantised:.3g}"
+        )
+    print(f'ask it: selfalign generate {done.path} --prompt "…"')
+    return 0
+
+
+def gc(arguments: Arguments) -> int:
+    """Remove what no step of a run names.
+
+    A run's folder keeps the artifacts of every setting that was tried in it, and its run.json names the steps of the
+    last `run` alone: what only earlier settings made goes, and would be computed again. So do drafts and temporary
+    files of dead writers, and journals of complete shards. Nothing else in the folder is touched, and nothing while
+    somebody works on the run (exit 4).
+    """
+    from selfalign.pipelines.gc import collect
+
+    removed, total = [], 0
+    for garbage in collect(Path(arguments.run), arguments.dry_run):
+        total += garbage.size
+        removed.append({"path": str(garbage.path), "bytes": garbage.size, "why": garbage.why})
+        if not arguments.json:
+            print(f"{_size(garbage.size):>9}  {garbage.path}  ({garbage.why})")
+    if arguments.json:
+        print(json.dumps({"dry_run": arguments.dry_run, "bytes": total, "removed": removed}, indent=1))
+    else:
+        print(f"{'would remove' if arguments.dry_run else 'removed'} {len(removed)} things, {_size(total)}")
+    return 0
+
+
+def doctor(arguments: Arguments) -> int:
+    """Whether this machine can do what runs ask of it, and what to do where not.
+
+    ok: fine; warn: some runs will fail or be slow; fail: most will, and the exit code is 2.
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from selfalign.doctor import checks
+
+    console, found = Console(width=None if sys.stdout.isatty() else 160), []
+    for check in checks(Path(arguments.run or "runs")):
+        found.append(check)
+        if not arguments.json:
+            style = {"ok": "green", "warn": "yellow", "fail": "bold red"}[check.state]
+            console.print(Text.assemble((f"{check.state:5}", style), f"{check.name:17}{check.found}"))
+            if check.advice:
+                console.print(Text(f"{'':22}→ {check.advice}", style="dim"))
+    fine = all(check.state != "fail" for check in found)
+    if arguments.json:
+        print(json.dumps({"ok": fine, "checks": [asdict(check) for check in found]}, indent=1))
+    return 0 if fine else 2
+
+
 def demo(arguments: Arguments) -> int:
     """The demo world's base model."""
     from selfalign.demo.base import base_folder, build_base
@@ -161,6 +281,15 @@ def _number(least: float, kind: type[int] | type[float]) -> Callable[[str], floa
         return value
 
     return number
+
+
+def _size(size: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _folder(arguments: Arguments) -> Path | None:
@@ -230,8 +359,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
 
     def verb(name: str, function: Callable[[Arguments], int], example: str) -> argparse.ArgumentParser:
+        described = function.__doc__ or ""
         added = verbs.add_parser(
-            name, help=function.__doc__, description=function.__doc__, epilog=f"example: {example}"
+            name, help=described.split("\n")[0], description=described, epilog=f"example: {example}"
         )
         added.set_defaults(verb=function)
         added.add_argument("--json", action="store_true", help="for programs")
@@ -243,7 +373,10 @@ def _parser() -> argparse.ArgumentParser:
     ):
         made = verb(name, function, example)
         made.add_argument("recipe", metavar="RECIPE")
-        made.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="settings over the recipe's")
+        # Without a default, argparse says that they are required.
+        made.add_argument(
+            "overrides", nargs="*", default=[], metavar="KEY.SUB=VALUE", help="settings over the recipe's"
+        )
         made.add_argument("--run", metavar="DIR", help="the run folder (default: runs/NAME)")
         if function is run:
             made.add_argument("--only", metavar="SECTION", help="the steps of one section, such as curate")
@@ -255,6 +388,34 @@ def _parser() -> argparse.ArgumentParser:
     shower.add_argument("run", metavar="DIR")
     for what in ("pairs", "high", "low", "responses"):
         shower.add_argument(f"--{what}", type=_number(0, int), default=5, metavar="N")
+    reporter = verb("report", report, "selfalign report runs/demo")
+    reporter.add_argument("run", metavar="DIR")
+    reporter.add_argument("--to", metavar="FILE", help="default: report.html in the run's folder")
+    exporter = verb("export", export, "selfalign export runs/demo --stage curated --to train.jsonl")
+    exporter.add_argument("run", metavar="DIR")
+    exporter.add_argument(
+        "--stage",
+        required=True,
+        choices=("corpus", "prepared", "candidates", "rated", "curated"),
+        help="corpus: the documents; prepared: the seed pairs; candidates: the generated pairs; rated: these with "
+        "their rating, the rejected and their reasons too; curated: what was kept",
+    )
+    exporter.add_argument("--to", metavar="FILE", help="default: STAGE.FORMAT in the working directory")
+    exporter.add_argument(
+        "--format", choices=("json", "jsonl", "parquet"), help="default: by the name of the file, else jsonl"
+    )
+    exporter.add_argument(
+        "--columns",
+        choices=("messages", "prompt_completion"),
+        default="messages",
+        help="a pair as one conversation, or as two lists of messages, for completion-only loss",
+    )
+    exporter.add_argument("--arm", metavar="A", help="an arm's rows instead of the main ones")
+    exporter.add_argument("--round", type=int, metavar="K", help="rated, curated: default: the final model's")
+    exporter.add_argument(
+        "--dropped", action="store_true", help="also what was rejected or quarantined, with outcome, reason and detail"
+    )
+    exporter.add_argument("--force", action="store_true", help="replace a file that is there")
     asker = verb("generate", generate, 'selfalign generate runs/demo --prompt "What is the capital of Vage?"')
     asker.add_argument("model", metavar="MODEL", help="a model's or an adapter's folder, or a run's (its last model)")
     source = asker.add_mutually_exclusive_group(required=True)
@@ -263,6 +424,19 @@ def _parser() -> argparse.ArgumentParser:
     asker.add_argument("--max-new-tokens", type=_number(1, int), default=256, metavar="N")
     asker.add_argument("--temperature", type=_number(0, float), default=0.0, metavar="T", help="0 is greedy")
     asker.add_argument("--seed", type=int, default=0)
+    merger = verb("merge", merge, "selfalign merge runs/lima150 models/lima150-merged --dtype bfloat16")
+    merger.add_argument("model", metavar="MODEL", help="an adapter's folder, or a run's (its last model)")
+    merger.add_argument("dest", metavar="DEST", help="the merged model's folder, which must not hold anything yet")
+    merger.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the merged weights; default: the recipe's, bfloat16 for an adapter alone",
+    )
+    collector = verb("gc", gc, "selfalign gc runs/demo --dry-run")
+    collector.add_argument("run", metavar="DIR")
+    collector.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
+    examined = verb("doctor", doctor, "selfalign doctor --run /scratch/me/runs")
+    examined.add_argument("--run", metavar="DIR", help="where runs will lie (default: runs)")
     demos = verb("demo", demo, "selfalign demo base")
     demos.add_argument("what", choices=("base", "build-base"), help="print the base's folder, or train it anew")
     demos.add_argument("folder", nargs="?", metavar="DIR")

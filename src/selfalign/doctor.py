@@ -355,8 +355,7 @@ def hub() -> Check:
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     endpoint = os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT
-    # Its URL may hold a password.
-    where = urlsplit(endpoint).hostname or endpoint
+    where = _host(endpoint)
     if huggingface_hub.constants.is_offline_mode():
         return Check("hub", "warn", "offline: only what is cached is found", "unset HF_HUB_OFFLINE to download")
     token = huggingface_hub.get_token()
@@ -423,6 +422,13 @@ def service(variable: str) -> Check:
 
 
 # Parts
+
+
+def _host(url: str) -> str:
+    """The host alone: a URL may hold a password."""
+    with suppress(ValueError):
+        return urlsplit(url).hostname or "HF_ENDPOINT"
+    return "HF_ENDPOINT"
 
 
 def _is_installed(name: str) -> bool:

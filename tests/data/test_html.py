@@ -191,9 +191,9 @@ def test_text_is_what_a_person_reads(body: str, text: str) -> None:
         "<!-- x --><iframe>x</iframe><object>x</object><video>x</video><canvas>x</canvas><dialog open>x</dialog>",
         "<nav>x</nav><header>x</header><footer>x</footer><aside>x</aside><menu><li>x</menu><search>x</search>",
         "<button>x</button><label>x</label><select><option>x<option>y</select><textarea>x</textarea><input value=x>",
-        "<p hidden>x</p><p aria-hidden=true>x</p><p style='color:red; DISPLAY: none'>x</p><p style=visibility:hidden>x</p>",
+        "<p hidden>x</p><p aria-hidden=true>x</p><p style='a:b; DISPLAY: none'>x</p><p style=visibility:hidden>x</p>",
         "<div role=navigation>x</div><div role=menu>x</div><div role=search>x</div><div role=banner>x</div>",
-        "<div class=toc>x</div><div id=toc>x</div><ul class='post breadcrumb'><li>x</ul><div class=left-sidebar>x</div>",
+        "<div class=toc>x</div><div id=toc>x</div><ul class='a breadcrumb'><li>x</ul><div class=left-sidebar>x</div>",
         "<div class=sphinxsidebar>x</div><table class=navbox><tr><td>x</table><div class='wp-pagination'>x</div>",
         "<a href=#main>Skip to content</a><a href=#top>Back to top</a><a href=#r>\u21a92</a><a href=#x>\u00b6</a>",
         "<p><a href=1>Home</a> | <a href=2>News</a> | <a href=3>Mail</a></p>",
@@ -212,7 +212,7 @@ def test_what_is_not_the_text_is_left_out(noise: str) -> None:
         "<ul><li><code>a</code> <a href=s>Buffer</a> | <a href=t>Array</a> | <a href=u>View</a></ul>",
         "<ul><li><a href=s>string</a></ul>",
         "<p>See <a href=1>one</a>, <a href=2>two</a> and <a href=3>three</a>.",
-        "<ul><li><a href=1>One</a>: the first of them<li><a href=2>Two</a>: the next<li><a href=3>Three</a>: the last</ul>",
+        "<ul><li><a href=1>One</a>: the first<li><a href=2>Two</a>: the next<li><a href=3>Three</a>: a last</ul>",
         "<div class='page has-sidebar no-menu'>text</div>",
         "<div class='sidebar'><main>text</main></div>",
         "<form><p>text</form>",
@@ -242,7 +242,7 @@ def test_of_a_page_of_unique_words_nothing_is_lost_or_repeated() -> None:
     check(found)
     read = [word for top in found if top.within is None for word in re.findall(r"w\d+", f"{top.header} {top.text}")]
     assert read == re.findall(r"w\d+", page)
-    assert len(read) == next(n for n, name in enumerate(names, len(read)) if name)
+    assert len(read) == len(set(read)) > 100
 
 
 # Kinds of pages
@@ -257,12 +257,12 @@ def test_an_encyclopedia_article_is_read_without_its_frame() -> None:
 <div class="noprint">From the wiki</div><div class="hatnote">For the game, see <a href=g>Otter</a>.</div>
 <p>Otters are <b>mammals</b>.<sup class="reference"><a href="#cite_note-1"><span>[</span>1<span>]</span></a></sup></p>
 <div class="mw-heading"><h2 id="Diet">Diet</h2><span class="mw-editsection">[<a href="e">edit</a>]</span></div>
-<p>Fish, where <span style="display: none;"><math alttext="x"><mi>x</mi></math></span><img class="mwe-math-fallback-image"
-alt="x"> is large.</p>
+<p>Fish, where <span style="display: none;"><math alttext="x"><mi>x</mi></math></span>
+<img class="mwe-math-fallback-image" alt="x"> is large.</p>
 <h2>See also</h2><ul><li><a href=a>Beaver</a></li><li><a href=b>Mink</a></li><li><a href=c>Seal</a></li></ul>
 <h2>References</h2><ol class=references><li id=cite_note-1><a href="#cite_ref-1">^</a> Smith (1999).</li></ol>
-<div role=navigation class=navbox><h3>Mammals</h3><a href=m>Bear</a></div><div id=catlinks><a href=c>Otters</a></div></main>
-<footer><h2>About</h2></footer>""")
+<div role=navigation class=navbox><h3>Mammals</h3><a href=m>Bear</a></div>
+<div id=catlinks><a href=c>Otters</a></div></main><footer><h2>About</h2></footer>""")
     assert [(segment.header, segment.text) for segment in found] == [
         ("Contents", ""),
         ("Otters", "Otters are mammals.\n\nDiet\n\nFish, where $x$ is large.\n\nReferences\n\n1. Smith (1999)."),
@@ -281,8 +281,9 @@ def test_a_manual_is_read_without_its_frame() -> None:
 <p>Use <code class="docutils"><span class="pre">put()</span></code> first.</p>
 <div class="admonition note"><p class="admonition-title">Note</p><p>Twice.</p></div>
 <dl class="py"><dt class="sig" id="put"><span class="sig-name">put</span><span>(</span><em>key</em><span>)</span>
-<a class="reference" href="_m.html"><span class="viewcode-link">[source]</span></a><a class="headerlink" href="#put">&para;</a>
-</dt><dd><p>Store a key.</p></dd></dl><div class="toctree-wrapper"><ul><li><a href=t>Tutorial</a></ul></div></section></div>
+<a class="reference" href="_m.html"><span class="viewcode-link">[source]</span></a>
+<a class="headerlink" href="#put">&para;</a></dt><dd><p>Store a key.</p></dd></dl>
+<div class="toctree-wrapper"><ul><li><a href=t>Tutorial</a></ul></div></section></div>
 <div class="sphinxsidebar" role="navigation"><h3>Quick search</h3></div><footer><a href=p>Previous</a></footer>""")
     assert [(segment.header, segment.text) for segment in found if segment.text] == [
         ("Store", "Use `put()` first.\n\nNote\n\nTwice.\n\nput(key)\nStore a key.")
@@ -374,7 +375,7 @@ def test_damage_costs_only_the_segments_that_hold_it() -> None:
         (b"<h1>x</h1>" + b"<a href=x><h1>" * 100_000, "too_deep", "deep"),
         (b"<h1>x</h1><a " + b" ".join(b"w%d" % n for n in range(100_000)), "too_many_attributes", "at byte 10"),
     ],
-    ids=str,
+    ids=lambda value: repr(value[:20]) if isinstance(value, bytes) else value[:20],
 )
 def test_a_page_that_cannot_be_used_says_why(data: bytes, reason: str, note: str) -> None:
     with pytest.raises(Unusable) as caught:
@@ -395,12 +396,9 @@ def test_a_page_of_the_largest_size_is_read() -> None:
         ("<ul><li>" * 3_000 + "<h1>x</h1>deep", [("x", "deep")]),
         ("<table><tr><td>" * 3_000 + "<h1>x</h1>deep", [("x", "deep")]),
         ("<b><i><font color=red>" * 1_000 + "<h1>x</h1>deep", [("x", "deep")]),
-        (
-            "".join(f"<font size={n}>" for n in range(3000)) + "<h1>x</h1>" + "<p>y" * 3000,
-            [("x", "y\n\n" * 2999 + "y")],
-        ),
+        ("".join(f"<font size={n}>" for n in range(3000)) + "<h1>x</h1>" + "<p>y" * 9, [("x", "y\n\n" * 8 + "y")]),
         ("<h1>x</h1><p class='a>b</p><p title='c'>d</p>", [("x", "d")]),
-        ("<h1>x</h2></h1></p></div><p>a</b></i></body></html><p>b</html>c", [("x", "a\n\nb\n\nc")]),
+        ("<h1>x</h2></h1></p></div><p>a</b></i></body></html><p>b</html>c", [("x", "a\n\nbc")]),
         ("<html><body><h1>x</h1>a</body></html><html class=y><body><h1>z</h1>b</body>", [("x", "a"), ("z", "b")]),
         ("<table><h1>x</h1><tr>y<td>z</table>", [("x", "y\n\nz")]),
         ("<h1>x<h2>y<h3>z", [("x", "y\n\nz"), ("y", "z"), ("z", "")]),
@@ -436,10 +434,11 @@ def test_a_segment_above_the_limit_of_a_row_keeps_no_text_and_its_parts_are_kept
 
 # Whatever the page
 
-TAGS = (
-    "h1 h2 h3 h4 h5 h6 p div span a b i code pre ul ol li table tr td th dl dt dd br hr img sup nav header footer aside "
-    "main article section details summary script style template svg math select option button form body html sub tt font"
-).split()
+TAGS = re.findall(
+    r"\w+",
+    "h1 h2 h3 h4 h5 h6 p div span a b i code pre ul ol li table tr td th dl dt dd br hr img sup nav header footer "
+    "aside main article section details summary script style template svg math select option button form body html tt",
+)
 ATTRIBUTES = (
     " href=#x", " href=/y", " class=toc", " class='language-py'", " hidden", " role=navigation", " aria-hidden=true",
     " style=display:none", " id=sidebar", " start=7", " alttext=x", " class='", ' title="', " /",
@@ -453,26 +452,28 @@ PIECES = st.one_of(
 )
 
 
+def reason_of(data: bytes) -> str | None:
+    """Why a page cannot be used; None where it can, and what holds of any segments holds of its own."""
+    try:
+        found = segments(data)
+    except Unusable as error:
+        return error.reason
+    check(found)
+    assert found == segments(data)
+    return None
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(PIECES, max_size=40).map("".join))
 def test_any_soup_of_tags_gives_segments_that_hold_together(soup: str) -> None:
-    try:
-        found = of(f"<h1>x{soup}")
-    except Unusable as error:
-        assert error.reason in ("not_html", "no_headers")
-        return
-    assert found == of(f"<h1>x{soup}")
-    check(found)
+    assert reason_of(f"<h1>x{soup}".encode()) in (None, "not_html")
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200), st.binary(max_size=200))
 def test_any_bytes_give_segments_or_a_reason(head: bytes, tail: bytes) -> None:
-    for data in (head, head + b"<h1>x</h1>" + tail):
-        try:
-            check(segments(data))
-        except Unusable as error:
-            assert error.reason in ("not_html", "no_headers")
+    assert reason_of(head) in (None, "not_html", "no_headers")
+    assert reason_of(head + b"<h1>x</h1>" + tail) in (None, "not_html", "no_headers")
 
 
 @settings(max_examples=25, deadline=None)
@@ -482,7 +483,8 @@ def test_a_real_page_that_is_cut_and_damaged_gives_segments(real_data: Path, dat
     for at in data.draw(st.lists(st.integers(0, len(page) - 1), max_size=20)):
         page[at] = data.draw(st.integers(0, 255))
     start = data.draw(st.integers(0, len(page) // 2))
-    check(segments(b"<h1>x</h1>" + page[start : data.draw(st.integers(start, len(page)))]))
+    end = data.draw(st.integers(start + 2000, len(page)))
+    assert reason_of(b"<h1>x</h1>" + page[start:end]) is None
 
 
 # Real pages
@@ -519,6 +521,3 @@ def test_a_real_page_has_a_segment_for_every_header_and_no_navigation(real_data:
         assert noise not in whole
     assert not re.search(r"\bcopy\b *(?:\n|$)", whole)
     assert all(not segment.header.endswith("#") and segment.header for segment in found)
-    for segment in found:
-        # A paragraph begins with a capital, a number, a mark or code; and one that ends a segment has an end.
-        assert re.match(r"[A-Z0-9`<'\-$]|[\w.]+\(", segment.text) or not segment.text, segment.header

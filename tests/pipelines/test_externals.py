@@ -184,7 +184,7 @@ def test_a_source_is_known_by_its_files_contents_and_names(tmp_path: Path) -> No
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_text('{"text": "x"}\n')
     seen = [digest()]
-    (tmp_path / "data" / "notes.txt").write_text("no data")
+    (tmp_path / "data" / "README.md").write_text("no data")
     assert digest() == seen[0]
     (tmp_path / "data" / "a.jsonl").write_text('{"text": "y"}\n')
     seen.append(digest())

@@ -74,7 +74,22 @@ def full(run: Run) -> Run:
         )
         run.add(f"curate.select@{k}", record=Rated, rows=[rated(0, 4.0 + k / 4), low, unrated])
         run.add(f"forward.train@{k}", files={"config.json": "{}"})
+    for what in ("seed", "corpus"):
+        link(run, f"prepare.read_{what}", f"prepare.filter_{what}", f"prepare.pick_{what}")
+    for k in (1, 2):
+        link(run, "augment.generate", "augment.filter", f"curate.rate@{k}", f"curate.select@{k}")
     return run
+
+
+def link(run: Run, *names: str, arm: str | None = None) -> None:
+    """Let each step's manifest say that it was made from the rows of the one before; `arm` has the last one."""
+    rows = ""
+    for name in names:
+        step = run.view().step(name, arm if name == names[-1] else None)
+        path = step.artifact.folder / "manifest.json"
+        manifest = json.loads(path.read_text()) | {"inputs": {"rows": rows}, "sha256": f"{step.title} content"}
+        path.write_text(json.dumps(manifest))
+        rows = manifest["sha256"]
 
 
 def write(run: Run, to: Path, stage: StageName, format: Format = "jsonl", **more: Any) -> list[dict[str, Any]]:
@@ -154,19 +169,35 @@ def test_curated_is_what_the_final_model_was_trained_on_unless_a_round_is_named(
     assert write(full, tmp_path, "curated", "parquet")[0]["rating"] == 4.25
 
 
-def test_an_arm_exports_its_own_step_and_those_that_it_shares(full: Run, tmp_path: Path) -> None:
-    generated = full.add("augment.filter", arm="one", record=Candidate, rows=[Candidate(**candidate(7))])
-    selected = full.add("curate.select@1", arm="two", record=Rated, rows=[rated(7, None)])
-    for folder, changes in ((generated, {"sha256": "7" * 64}), (selected, {"inputs": {"rows": "7" * 64}})):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps(manifest | changes))
-    assert [row["id"] for row in write(full, tmp_path, "curated", arm="two")] == ["d/0000007"]
-    # run.json names it under the arm `one` alone.
-    assert [row["id"] for row in write(full, tmp_path, "candidates", arm="two")] == ["d/0000007"]
-    with pytest.raises(UsageError, match="it has one, two"):
-        write(full, tmp_path, "curated", "json", arm="three")
+def test_an_arm_exports_its_own_steps_and_those_that_it_shares(full: Run, tmp_path: Path) -> None:
+    full.add("curate.select@1", arm="loose", record=Rated, rows=[rated(0, 4.5), rated(1, 2.0)])
+    full.add("evaluate.forward@1", arm="loose")
+    link(full, "augment.generate", "augment.filter", "curate.rate@1", "curate.select@1", arm="loose")
+    assert len(write(full, tmp_path, "curated", arm="loose")) == 2
+    # run.json names these under the main arm alone.
+    assert {row["id"] for row in write(full, tmp_path, "rated", arm="loose")} >= {"d/0000000", "d/0000008"}
+    assert len(write(full, tmp_path, "candidates", arm="loose")) == 3
+    with pytest.raises(UsageError, match="it has loose"):
+        write(full, tmp_path, "curated", "json", arm="tight")
+
+
+def test_an_arm_that_keeps_all_has_curated_rows_and_no_rated_ones(full: Run, tmp_path: Path) -> None:
+    full.add("curate.select@1", arm="all", record=Rated, rows=[rated(n, None) for n in range(3)])
+    link(full, "augment.generate", "augment.filter", "curate.select@1", arm="all")
+    assert len(write(full, tmp_path, "curated", arm="all")) == 3
     with pytest.raises(UsageError, match="rates none"):
-        write(full, tmp_path, "rated", arm="two")
+        write(full, tmp_path, "rated", arm="all")
+
+
+def test_a_step_that_one_of_several_arms_has_is_not_guessed(full: Run, tmp_path: Path) -> None:
+    full.add("augment.filter", arm="one", record=Candidate, rows=[Candidate(**candidate(7))])
+    # It shares the candidates with the main arm or with the other one, and nothing in it says with which.
+    full.add("forward.train@1", arm="two")
+    with pytest.raises(UsageError, match=r"shares augment\.filter with another one.*no --arm, --arm one"):
+        write(full, tmp_path, "candidates", arm="two")
+    full.add("curate.select@1", arm="two", record=Rated)
+    link(full, "augment.filter", "curate.select@1", arm="two")
+    assert len(write(full, tmp_path, "candidates", arm="two")) == 3
 
 
 def test_a_column_that_is_null_for_the_first_megabytes_still_loads(run: Run, tmp_path: Path) -> None:

@@ -142,6 +142,8 @@ def test_an_adapter_without_effect_merges(tmp_path: Path) -> None:
 
 def test_a_full_model_has_nothing_to_merge(tmp_path: Path) -> None:
     fails(base_folder(), tmp_path / "out" / "merged", UsageError, "full model")
+    for nowhere in ("org/adapter", tmp_path / "missing"):
+        fails(nowhere, tmp_path / "out" / "merged", UsageError, "there is no folder")
 
 
 def test_a_folder_that_holds_something_is_left_alone(adapter: Path, tmp_path: Path) -> None:

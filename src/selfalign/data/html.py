@@ -21,12 +21,6 @@ if TYPE_CHECKING:
 
 PAGE_BYTES = 8 << 20
 
-# What the parser may spend on walking up its stack of open elements, in steps of about 2 ns; see _check_nesting.
-_STEPS = 500_000_000
-# A page with more of these than one in fifty bytes is not text.
-_CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\f\r") + b"\x7f"
-_ATTRIBUTES = 2000
-
 _LEVELS = {f"h{level}": level for level in range(1, 7)}
 
 
@@ -107,8 +101,8 @@ def segments(data: bytes) -> list[Segment]:
     """One segment for every header element h1..h6 of the page, in document order.
 
     A header within navigation or a hidden part has no text and ends no other segment. Text before the first header
-    belongs to none. Raises Unusable for `too_large`, `not_html`, `too_deep` (it would take minutes to parse) and
-    `no_headers`.
+    belongs to none. Raises Unusable for `too_large`, `not_html`, `too_deep` and `too_many_attributes` (it would take
+    minutes to parse), and `no_headers`.
     """
     if len(data) > PAGE_BYTES:
         raise Unusable("too_large", f"the page exceeds {PAGE_BYTES} bytes")
@@ -191,6 +185,10 @@ def _declared(head: bytes) -> str | None:
     return None
 
 
+# A page with more of these than one in fifty bytes is not text.
+_CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\f\r") + b"\x7f"
+
+
 def _check_text(page: bytes) -> None:
     controls = len(page) - len(page.translate(None, _CONTROLS))
     if controls * 50 > len(page):
@@ -199,6 +197,10 @@ def _check_text(page: bytes) -> None:
         raise Unusable("not_html", "there is no tag in it")
 
 
+# What the parser may spend on walking up its stack of open elements, in steps of about 2 ns.
+_STEPS = 500_000_000
+# Of one tag: the parser compares each with all before it.
+_ATTRIBUTES = 2000
 # Tags renamed before parsing, to elements that the parser treats like any other. The formatting elements would be
 # opened anew in every later block where they are left open, which squares the size of the page, and options take time
 # with the square of their number.
@@ -332,7 +334,9 @@ class _Reader:
         self.code_class: str | None = None
         # What the next paragraph is, how it is marked, and which kind it follows tightly.
         self.lead: tuple[_Kind, str, _Kind | None] | None = None
+        # The next number of each open list, None where its items have bullets; and whether one is yet without items.
         self.lists: list[int | None] = []
+        self.first_item = False
         self.rows: list[_Row] = []
         self.table = 0
         # Characters of text so far, those in blocks of links alone, and the links in these.
@@ -520,6 +524,7 @@ class _Reader:
 
     def _block(self, node: "LexborNode", tag: str, attributes: Mapping[str, str | None]) -> None:
         if tag in ("ul", "ol"):
+            self.first_item = not self.lists
             self.lists.append(_first_number(attributes) if tag == "ol" else None)
         elif tag == "li":
             self._item()
@@ -539,7 +544,9 @@ class _Reader:
         marker = "- "
         if number is not None:
             marker, self.lists[-1] = f"{number}. ", number + 1
-        self.lead = ("item", "  " * (min(len(self.lists), _LIST_DEPTH) - 1) + marker, "item")
+        indent = "  " * (min(len(self.lists), _LIST_DEPTH) - 1)
+        self.lead = ("item", indent + marker, None if self.first_item else "item")
+        self.first_item = False
 
     def _row(self, row: _Row, frame: _Frame) -> None:
         """Make one line of a table row, where each of its cells is one paragraph at most."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import JsonValue
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 StageName = Literal["corpus", "prepared", "candidates", "rated", "curated"]
 Format = Literal["json", "jsonl", "parquet"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 Columns = Literal["messages", "prompt_completion"]
 Row = dict[str, JsonValue]
 
@@ -63,8 +64,8 @@ class Exported:
 def export(
     run: RunView,
     stage: StageName,
-    to: Path,
-    format: Format,
+    to: Path | None = None,
+    format: Format | None = None,
     columns: Columns = "messages",
     arm: str | None = None,
     round: int | None = None,
@@ -73,10 +74,15 @@ def export(
 ) -> Exported:
     """Write a stage's rows to the file `to`, which is there whole or not at all.
 
-    A stage always has the same columns. With `dropped`, and always for `rated`, the rows that its steps rejected or
-    quarantined stand there too, told apart by `outcome`. `round` is the final model's where it is None. Rows are
-    streamed. Raises UsageError where the stage is not done, or `to` is there already and is not to be replaced.
+    By default it is STAGE.FORMAT in the working directory, and its name tells its format (else jsonl). A stage always
+    has the same columns. With `dropped`, and always for `rated`, the rows that its steps rejected or quarantined stand
+    there too, told apart by `outcome`. `round` is the final model's where it is None. Rows are streamed. Raises
+    UsageError where the stage is not done, or `to` is there already and is not to be replaced.
     """
+    if format is None:
+        named: list[Format] = [known for known in FORMATS if to is not None and to.suffix == f".{known}"]
+        format = named[0] if named else "jsonl"
+    to = to or Path(f"{stage}.{format}")
     if to.is_dir() or not to.parent.is_dir():
         raise UsageError(f"--to: {to} is a folder; name a file" if to.is_dir() else f"--to: no folder {to.parent}")
     if to.exists() and not replace:
@@ -103,30 +109,33 @@ def export(
 
 
 def _steps(run: RunView, stage: StageName, arm: str | None, round: int | None) -> list[StepView]:
-    """The stage's steps that are complete, in order; a gate that one failed does not hide what it computed."""
+    """The stage's steps, complete and in order; a gate that one failed does not hide what it computed."""
     what = STAGES[stage]
     arms = sorted({step.arm for step in run.steps if step.arm is not None})
     if arm is not None and arm not in arms:
         raise UsageError(f"--arm {arm}: {run.root} has no steps of such an arm; it has {', '.join(arms) or 'none'}")
-    if what.in_rounds:
-        round = _round(run, what.steps[-1], arm) if round is None else round
-        names = [f"{name}@{round}" for name in what.steps]
-    elif round is not None:
+    if round is not None and not what.in_rounds:
         raise UsageError(f"--round: {stage} is the same in all rounds; it goes with rated and curated")
-    else:
-        names = list(what.steps)
-    found = [step for name in names if (step := _of_arm(run, name, arm)) and step.manifest is not None]
-    if not found or found[-1].name != names[-1]:
+    if what.in_rounds and round is None:
+        round = _last_round(run, what.steps[-1], arm)
+    *before, name = (f"{name}@{round}" if what.in_rounds else name for name in what.steps)
+    last = _of_arm(run, name, arm)
+    if last is None or last.manifest is None:
         whose = "" if arm is None else f" for the arm {arm}"
-        raise UsageError(f"{names[-1]} is not done{whose} in {run.root}; `selfalign status` shows how far the run is")
-    if stage == "rated" and found[0].name != names[0]:
+        raise UsageError(f"{name} is not done{whose} in {run.root}; `selfalign status` shows how far the run is")
+    steps = [last]
+    for name in reversed(before):
+        if (step := _made_from(run, steps[0], name)) is None:
+            break
+        steps.insert(0, step)
+    if stage == "rated" and len(steps) == 1:
         raise UsageError(f"the arm {arm or 'main'} keeps all pairs and rates none (curate.keep: all); export curated")
-    return found
+    return steps
 
 
-def _round(run: RunView, name: str, arm: str | None) -> int:
-    """The final model's round, or the last one that is complete."""
-    numbers = {int(step.name.rpartition("@")[2]) for step in run.steps if step.name.startswith(f"{name}@")}
+def _last_round(run: RunView, name: str, arm: str | None) -> int:
+    """The final model's, or the last one that is complete."""
+    numbers = {int(step.name.rpartition("@")[2]) for step in run.steps if step.arm == arm and "@" in step.name}
     done = [k for k in numbers if (step := _of_arm(run, f"{name}@{k}", arm)) and step.manifest is not None]
     if arm is None and run.final_round in done:
         return run.final_round
@@ -134,21 +143,25 @@ def _round(run: RunView, name: str, arm: str | None) -> int:
 
 
 def _of_arm(run: RunView, name: str, arm: str | None) -> StepView | None:
-    """The step that an arm has or uses. One that arms share stands in run.json once, under the first of them."""
-    by_content: dict[str, list[StepView]] = {}
-    for step in run.steps:
-        if step.manifest is not None:
-            by_content.setdefault(step.manifest.sha256, []).append(step)
-    todo = [step for step in run.steps if step.arm == arm]
-    seen: set[str] = set()
-    for step in todo:
-        if step.name == name:
+    """The step that an arm has, or uses: run.json names one that arms share under the first of them alone."""
+    named = [step for step in run.steps if step.name == name]
+    own = next((step for step in named if step.arm == arm), None)
+    if own is not None or arm is None:
+        return own
+    used = {sha256 for s in run.steps if s.arm == arm and s.manifest for sha256 in s.manifest.inputs.values()}
+    for step in named:
+        if step.manifest is not None and step.manifest.sha256 in used:
             return step
-        for sha256 in step.manifest.inputs.values() if step.manifest else ():
-            if sha256 not in seen:
-                seen.add(sha256)
-                todo += by_content.get(sha256, [])
-    return None
+    if len(named) > 1:
+        others = ", ".join(f"--arm {step.arm}" if step.arm else "no --arm" for step in named)
+        raise UsageError(f"--arm {arm}: it shares {name} with another one; export it from there: {others}")
+    return named[0] if named else None
+
+
+def _made_from(run: RunView, step: StepView, name: str) -> StepView | None:
+    """The step called `name` whose rows `step` was made from."""
+    rows = step.manifest.inputs.get("rows") if step.manifest else None
+    return next((s for s in run.steps if s.name == name and s.manifest and s.manifest.sha256 == rows), None)
 
 
 # Rows

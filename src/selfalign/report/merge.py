@@ -68,6 +68,10 @@ def merge(model: str, dest: Path, dtype: Dtype | None, say: Callable[[str], None
     """
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise UsageError(f"{dest} is there already; name a folder that is not")
+    if not Path(model).is_dir():
+        raise UsageError(
+            f"there is no folder {model}; name a run or an adapter (one on the Hub: `hf download` it first)"
+        )
     found = find(model)
     if found.adapter is None:
         raise UsageError(f"{model} is a full model: there is no adapter to merge, use it as it is")

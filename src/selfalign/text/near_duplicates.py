@@ -1,13 +1,15 @@
 """Near-duplicates in a stream of texts: all that reach a Jaccard similarity of word 5-grams, and no other.
 
 An exact prefix-filter join (Bayardo et al., WWW 2007, with PPJoin's positional bound, Xiao et al., WWW 2008), not a
-sketch. Two similar sets share one of the first few shingles of each under any one order; here the rarest come first,
-and a shingle of one text only leads nowhere. So text that is not repeated is compared with nothing.
+sketch. Under any one order of all shingles two similar sets share one of the first few of each. Here the rarest come
+first, and those of a single text lead nowhere: so text that is not repeated is compared with nothing.
 """
 
 import os
+import re
 import unicodedata
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,23 +29,16 @@ SHINGLE_WORDS = 5
 Hashes = NDArray[np.uint64]
 Integers = NDArray[np.int64]
 
-# Small enough for a processor's cache, large enough that the calls do not count.
+# Blocks fit a processor's cache, and are large enough that the number of calls does not count.
 _BLOCK_CHARACTERS = 1 << 16
-_RUN_SHINGLES = 1 << 19
-_RANGE_BITS = 8
-# 64 MiB. A table that fills up costs time, never a near-duplicate.
-_MOST_RANK_BITS = 26
-_MOST_RANK = 127
-# A kept text is indexed by such a shingle.
-_INDEXED = 128
-# A text's number in its block and a rank sort as one 16-bit integer.
-_BLOCK_TEXTS = 128
 _BLOCK_SHINGLES = 1 << 16
-# A posting's key holds the size of its set in the low bits.
-_SIZE_MASK = np.uint64(0xFFFF)
+_RUN_SHINGLES = 1 << 19
+_BLOCK_PAIRS = 1 << 18
+# A text's number in its block and a rank sort as one integer of 16 bits.
+_BLOCK_TEXTS = 128
+_MOST_RANK = 127
 # More than the rounding of a bound, less than a shingle.
 _SLACK = 1e-6
-_MOST_PAIRS = 1 << 18
 
 
 def near_duplicates(texts: Iterable[str], threshold: float, scratch: Path) -> Integers:
@@ -52,8 +47,8 @@ def near_duplicates(texts: Iterable[str], threshold: float, scratch: Path) -> In
     Near-duplicates have a Jaccard similarity of at least `threshold` (0 < threshold <= 1) between their sets of word
     5-grams, the words being those of `overlap.words`; a shorter text is one shingle, a text without words is like no
     other. The result is that of comparing all pairs in order, but for collisions of 64-bit hashes, and is the same in
-    every process. `texts` is read once. About 12 bytes a word lie in unnamed files in `scratch` meanwhile; memory
-    grows with the longest text, by 16 bytes a text, and by 1 KiB for a kept text that others resemble. Raises
+    every process. `texts` is read once. About 12 bytes a word lie in unnamed files in `scratch` meanwhile. Memory grows
+    by some 100 bytes a text, by 1 KiB for a kept one that others resemble, and with the longest text. Raises
     StorageError where `scratch` cannot hold the files.
     """
     if not 0 < threshold <= 1:
@@ -79,19 +74,23 @@ def _explained(scratch: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(
             f"cannot keep the shingles of near-duplicate removal in {scratch}: {error.strerror}; they take about 12 "
-            "bytes a word"
+            "bytes for each word of the texts"
         ) from error
 
 
+# Texts to sets of shingles
+
+
 def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Some texts at a time, a long one alone."""
     block: list[str] = []
     characters = 0
     for text in texts:
-        block.append(text)
-        characters += len(text) + 1
-        if characters >= _BLOCK_CHARACTERS:
+        if block and characters + len(text) > _BLOCK_CHARACTERS:
             yield block
             block, characters = [], 0
+        block.append(text)
+        characters += len(text) + 1
     if block:
         yield block
 
@@ -101,8 +100,10 @@ _BASE = 0x9E3779B97F4A7C1D
 _MIX = np.uint64(0xD6E8FEB86659FD93)
 # Between words, within a word, or the first of a word whatever comes before it.
 _GAP, _LETTER, _ALONE = 1, 2, 3
-# Together with one of them: what it means depends on its neighbours, or it stands for several characters.
+# Added where a character can join the one before it or stands for several: its text is folded first.
 _FOLD = 4
+# A long text is hashed in parts, which begin at white space.
+_PART = re.compile(rf".{{1,{_BLOCK_CHARACTERS}}}\S*", re.DOTALL)
 
 
 def _random(key: str) -> int:
@@ -110,7 +111,7 @@ def _random(key: str) -> int:
 
 
 def _character(letter: str) -> tuple[int, int]:
-    """The kind of a character and its value, the same for all characters that `words` takes for one."""
+    """The kind of a character, and its value: the same for all that `words` makes one of, 0 between words."""
     match words(f"0{letter}0"):
         case ["0", "0"]:
             return _GAP, 0
@@ -119,10 +120,10 @@ def _character(letter: str) -> tuple[int, int]:
         case ["0", two] if len(two) == 2:
             kind, form = _ALONE, two[0]
         case _:
-            return _GAP | _FOLD, 0
-    # Marks and the later jamo of a syllable can join what they follow.
-    joins = unicodedata.category(form)[0] == "M" or "\u1160" <= form <= "\u11ff"
-    return kind | (_FOLD if joins else 0), _random(form)
+            return _GAP + _FOLD, 0
+    # Marks, and the vowels and finals of Hangul, are what Unicode composes with the character before.
+    composes = unicodedata.category(form).startswith("M") or "\u1160" <= form <= "\u11ff"
+    return kind + _FOLD * composes, _random(form)
 
 
 class _Shingler:
@@ -141,20 +142,22 @@ class _Shingler:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Hashes, Integers]:
         """The texts' shingles, one set after the other, each ascending; and the size of each set."""
-        hashes, counts = self._words(texts)
+        if len(texts) == 1 and len(texts[0]) > _BLOCK_CHARACTERS:
+            hashes = np.concatenate([self._words([part])[0] for part in _PART.findall(texts[0])])
+            counts = np.array([len(hashes)])
+        else:
+            hashes, counts = self._words(texts)
         is_short = (counts > 0) & (counts < SHINGLE_WORDS)
         if is_short.any():
             missing = np.where(is_short, SHINGLE_WORDS - counts, 0)
             hashes, counts = np.insert(hashes, np.repeat(np.cumsum(counts), missing), 0), counts + missing
-        ends = np.cumsum(counts)
-        hashes = np.append(hashes, np.zeros(SHINGLE_WORDS - 1, np.uint64))
-        shingles = np.zeros(ends[-1], np.uint64)
+        shingles = np.zeros(len(hashes), np.uint64)
         for place, weight in enumerate(self._weights):
-            shingles += hashes[place : place + len(shingles)] * weight
+            shingles[: len(hashes) - place] += hashes[place:] * weight
         # The last words of a text begin no shingle.
-        is_whole = np.ones(len(shingles), np.bool_)
+        is_whole = np.ones(len(hashes), np.bool_)
         for place in range(1, SHINGLE_WORDS):
-            is_whole[ends[counts > 0] - place] = False
+            is_whole[np.cumsum(counts)[counts > 0] - place] = False
         return _distinct(shingles[is_whole], np.maximum(counts - SHINGLE_WORDS + 1, 0))
 
     def _words(self, texts: Sequence[str]) -> tuple[Hashes, Integers]:
@@ -170,17 +173,18 @@ class _Shingler:
         is_first[1:] &= ~is_letter[:-1] | (kinds[1:] == _ALONE)
         starts = np.flatnonzero(is_first)
 
-        self._reach(len(codes))
+        powers, inverses = self._powers_to(len(codes))
         values = self._values.take(codes)
-        values *= self._powers[: len(codes)]
+        values *= powers
         sums = np.zeros(len(codes) + 1, np.uint64)
         np.cumsum(values, out=sums[1:])
-        hashes = np.diff(sums[np.append(starts, len(codes))]) * self._inverses[starts]
+        hashes = np.diff(sums[np.append(starts, len(codes))]) * inverses[starts]
+        # A sum of unmixed words would be one polynomial, in which words could change places.
         hashes = (hashes ^ hashes >> np.uint64(32)) * _MIX
         return hashes, np.diff(np.searchsorted(starts, np.cumsum(lengths)), prepend=0)
 
     def _characters(self, texts: Sequence[str]) -> tuple[Integers, NDArray[np.intp], NDArray[np.uint8]]:
-        """Lengths of the texts with a line break after each, and their characters with the kinds of these."""
+        """The texts' lengths, with a line break after each; their code points, and the kinds of these."""
         lengths = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
         codes = np.frombuffer("\n".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.intp)
         kinds = self._kinds.take(codes)
@@ -190,13 +194,14 @@ class _Shingler:
             kinds = self._kinds.take(codes)
         return lengths, codes, kinds
 
-    def _reach(self, length: int) -> None:
+    def _powers_to(self, length: int) -> tuple[Hashes, Hashes]:
+        """The powers 0..length - 1 of the base, and their inverses."""
         if length > len(self._powers):
-            room = max(length, 2 * len(self._powers))
             self._powers, self._inverses = (
-                np.cumprod(np.append(np.uint64(1), np.full(room - 1, base, np.uint64)))
+                np.cumprod(np.append(np.uint64(1), np.full(2 * length, base, np.uint64)))
                 for base in (_BASE, pow(_BASE, -1, 1 << 64))
             )
+        return self._powers[:length], self._inverses[:length]
 
 
 def _distinct(shingles: Hashes, sizes: Integers) -> tuple[Hashes, Integers]:
@@ -212,46 +217,51 @@ def _distinct(shingles: Hashes, sizes: Integers) -> tuple[Hashes, Integers]:
     return shingles[is_new], before[ends] - before[begins]
 
 
+# What waits in files
+
+
 class _Sets:
-    """The sets of shingles in a file, by the number of their text."""
+    """The sets of shingles, by the number of their text."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._ends = array("q", [0])
 
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
     def append(self, shingles: Hashes, sizes: Integers) -> None:
         self._file.write(shingles.data)
         self._ends.frombytes((np.cumsum(sizes) + self._ends[-1]).tobytes())
 
-    def __len__(self) -> int:
-        return len(self._ends) - 1
+    def sizes(self, texts: Integers) -> Integers:
+        ends = np.frombuffer(self._ends, np.int64)
+        return ends[texts + 1] - ends[texts]
 
     def read(self, first: int, last: int) -> Hashes:
         """The sets of the texts first..last - 1, one after the other."""
-        begin, end = self._ends[first], self._ends[last]
-        return np.frombuffer(_read(self._file, 8 * begin, 8 * end), np.uint64)
+        return np.frombuffer(_read(self._file, 8 * self._ends[first], 8 * self._ends[last]), np.uint64)
 
-    def spans(self) -> Iterator[tuple[int, int, Integers]]:
-        """All texts in order, some at a time: first, last + 1, sizes."""
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """All texts in order, some at a time: the first, and the first of the next block."""
         self._file.flush()
         first = 0
         while first < len(self):
-            last = first + 1
-            limit = self._ends[first] + _BLOCK_SHINGLES
-            while last < len(self) and last - first < _BLOCK_TEXTS and self._ends[last + 1] <= limit:
-                last += 1
-            yield first, last, np.diff(np.frombuffer(self._ends[first : last + 1], np.int64))
+            fitting = bisect_right(self._ends, self._ends[first] + _BLOCK_SHINGLES) - 1
+            last = min(max(fitting, first + 1), first + _BLOCK_TEXTS)
+            yield first, last
             first = last
 
 
-def _read(file: IO[bytes], begin: int, end: int) -> bytes:
-    return os.pread(file.fileno(), end - begin, begin)
+# 32 MiB. When the table of ranks is too small for all shingles that are shared, more is compared, never less.
+_MOST_RANK_BITS = 25
+_RANGE_BITS = 8
 
 
 class _Census:
-    """How many texts hold each shingle, found by sorting on disk: runs in order, then one range of hashes at a time.
+    """In how many texts each shingle is, found by sorting in a file: runs first, then one range of hashes at a time.
 
-    Shingles count by their first 32 bits: that some are taken for shared that are not costs time only.
+    Shingles count by their first 32 bits. Where two meet, one of a single text passes for shared, which does no harm.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -277,14 +287,15 @@ class _Census:
         self._waiting, self._waiting_size = [], 0
 
     def ranks(self) -> NDArray[np.uint8]:
-        """By the first bits of a shingle: 0 where every such shingle is of one text, else the most texts of one.
+        """By the first bits of a shingle (`_places`) 0 where each such shingle is of one text only; else 1 or more.
 
-        The table has a power of two of entries, about one for two shingles of all texts; counts end at 255.
+        The more texts have one of them, the higher. A rank is at most `_MOST_RANK`.
         """
         if self._waiting:
             self._end_run()
         self._file.flush()
-        bits = min(max(self._size.bit_length() - 1, _RANGE_BITS), _MOST_RANK_BITS)
+        # Four to eight shingles an entry: most of them are of one text only and leave no trace.
+        bits = min(max(self._size.bit_length() - 2, _RANGE_BITS), _MOST_RANK_BITS)
         table = np.zeros(1 << bits, np.uint8)
         for number, part in enumerate(np.split(table, 1 << _RANGE_BITS)):
             runs = [_read(self._file, *(4 * bounds[number : number + 2]).tolist()) for bounds in self._bounds]
@@ -297,12 +308,65 @@ class _Census:
         return table
 
 
+def _places(hashes: Hashes, table: NDArray[np.uint8]) -> Integers:
+    """Where a table of ranks has its entries for shingles or keys."""
+    return (hashes >> np.uint64(65 - len(table).bit_length())).view(np.int64)
+
+
+def _read(file: IO[bytes], begin: int, end: int) -> bytes:
+    return os.pread(file.fileno(), end - begin, begin)
+
+
+# The join
+
+# A posting's key is a shingle with the size of its set for the low bits.
+_SIZE_MASK = np.uint64(0xFFFF)
+# Added to a rank when a kept text is indexed by such a shingle.
+_INDEXED = _MOST_RANK + 1
+
+
+def _joined(sets: _Sets, ranks: NDArray[np.uint8], threshold: float) -> Integers:
+    duplicate_of = array("q", [-1]) * len(sets)
+    shared = np.zeros(len(sets), np.uint32)
+    index: list[_Run] = []
+    for first, last in sets.blocks():
+        shingles, sizes = sets.read(first, last), sets.sizes(np.arange(first, last))
+        rank = ranks.take(_places(shingles, ranks))
+        ends = np.cumsum(sizes)
+        shared[first:last] = np.diff(np.append(0, np.cumsum(rank > 0))[ends], prepend=0)
+        postings = _postings(first, sizes, shingles, rank, shared[first:last], threshold)
+        if not len(postings.texts):
+            continue
+        block = _Run(postings.keys, postings.texts.astype(np.uint32))
+        known = postings[ranks.take(_places(postings.keys, ranks)) >= _INDEXED]
+        pairs = np.unique(np.concatenate([block.pairs(postings), *(run.pairs(known) for run in index)]))
+        text, earlier = pairs >> 32, pairs & 0xFFFFFFFF
+        # What both share with any text bounds what they share with each other.
+        total = sets.sizes(text) + sets.sizes(earlier)
+        fits = np.minimum(shared[text], shared[earlier]) * (1 + threshold) >= threshold * total - _SLACK
+        for one, other in zip(text[fits].tolist(), earlier[fits].tolist(), strict=True):
+            if duplicate_of[one] < 0 and duplicate_of[other] < 0:
+                own = shingles[ends[one - first] - sizes[one - first] : ends[one - first]]
+                if _similarity(own, sets.read(other, other + 1)) >= threshold:
+                    duplicate_of[one] = other
+        stays = np.frombuffer(duplicate_of, np.int64)[block.texts] < 0
+        ranks[_places(block.keys[stays], ranks)] |= _INDEXED
+        _insert(index, block.keys[stays], block.texts[stays])
+    return np.frombuffer(duplicate_of, np.int64)
+
+
+def _similarity(one: Hashes, other: Hashes) -> float:
+    """Jaccard similarity of two sets."""
+    common = np.intersect1d(one, other, assume_unique=True).size
+    return common / (len(one) + len(other) - common)
+
+
 @dataclass(frozen=True)
 class _Postings:
     """By which shingles the texts of a block are found and find others: parallel arrays, ascending by key.
 
-    The low bits of a key are the size of its set, so that from `lowest` to `highest` stand the sets that hold the
-    same shingle and whose size can reach the threshold with this one.
+    From the key `lowest` to `highest` stand the sets that hold the same shingle and whose size can reach the threshold
+    with this one.
     """
 
     texts: Integers
@@ -314,20 +378,25 @@ class _Postings:
         return _Postings(self.texts[some], self.keys[some], self.lowest[some], self.highest[some])
 
 
-def _postings(first: int, sizes: Integers, shingles: Hashes, ranks: NDArray[np.uint8], threshold: float) -> _Postings:
-    """Postings of the texts from `first` on; none for a text too little of which is shared at all."""
-    rank = ranks.take(_places(shingles, ranks))
-    bounds = np.append(0, np.cumsum(sizes))
+def _postings(
+    first: int,
+    sizes: Integers,
+    shingles: Hashes,
+    rank: NDArray[np.uint8],
+    shared: NDArray[np.uint32],
+    threshold: float,
+) -> _Postings:
+    """Postings of the texts from `first` on; none for a text that shares too little with all others together."""
     least = np.ceil(threshold * sizes - _SLACK).astype(np.int64)
-    is_open = np.diff(np.append(0, np.cumsum(rank > 0))[bounds]) >= np.maximum(least, 1)
+    is_open = shared >= np.maximum(least, 1)
     chosen = np.repeat(is_open, sizes)
     shingles, rank = shingles[chosen], rank[chosen] & _MOST_RANK
-    size = np.where(is_open, sizes, 0)
-    text = np.repeat(np.arange(len(size)), size)
-    place = np.arange(len(text)) - (np.cumsum(size) - size)[text]
-    # The one order of shingles for all texts: the rarest first, then by hash as they already are.
+    sizes = np.where(is_open, sizes, 0)
+    text = np.repeat(np.arange(len(sizes)), sizes)
+    place = np.arange(len(text)) - (np.cumsum(sizes) - sizes)[text]
+    # The one order of all shingles: the rarest first, and those of a rank by hash, as they already are.
     order = np.argsort((text << 8 | rank).astype(np.uint16), kind="stable")
-    shingles, rank, size, least = shingles[order], rank[order], size[text], least[text]
+    shingles, rank, size, least = shingles[order], rank[order], sizes[text], least[text]
 
     # Where two sets share this shingle and none before it, they share `size - place` at most, which bounds the other.
     most = np.floor((size - place) * ((1 + threshold) / threshold) - size + _SLACK).astype(np.int64)
@@ -337,11 +406,6 @@ def _postings(first: int, sizes: Integers, shingles: Hashes, ranks: NDArray[np.u
         for bound in (size, least, most)
     )
     return _Postings(text[leads] + first, keys, lowest, highest)[np.argsort(keys)]
-
-
-def _places(hashes: Hashes, table: NDArray[np.uint8]) -> Integers:
-    """Where a table has its entry for a hash, or for a key: by the first bits."""
-    return (hashes >> np.uint64(65 - len(table).bit_length())).view(np.int64)
 
 
 @dataclass(frozen=True)
@@ -358,8 +422,8 @@ class _Run:
         texts, begins = postings.texts[found], begins[found]
         counts = np.searchsorted(self.keys, postings.highest[found], "right") - begins
         pairs = [np.empty(0, np.int64)]
-        # A shingle of ten thousand texts, many times a block: not all pairs at once.
-        cuts = np.flatnonzero(np.diff(np.cumsum(counts) // _MOST_PAIRS)) + 1
+        # Where thousands of texts have a shingle, a block has millions of pairs: not all at once.
+        cuts = np.flatnonzero(np.diff(np.cumsum(counts) // _BLOCK_PAIRS)) + 1
         for some in np.split(np.arange(len(found)), cuts) if len(found) else []:
             ends = np.cumsum(counts[some])
             places = np.arange(ends[-1]) + np.repeat(begins[some] - ends + counts[some], counts[some])
@@ -368,41 +432,11 @@ class _Run:
         return np.concatenate(pairs)
 
 
-def _joined(sets: _Sets, ranks: NDArray[np.uint8], threshold: float) -> Integers:
-    duplicate_of = array("q", [-1]) * len(sets)
-    index: list[_Run] = []
-    for first, last, sizes in sets.spans():
-        shingles = sets.read(first, last)
-        postings = _postings(first, sizes, shingles, ranks, threshold)
-        if not len(postings.texts):
-            continue
-        block = _Run(postings.keys, postings.texts.astype(np.uint32))
-        known = postings[ranks.take(_places(postings.keys, ranks)) > _MOST_RANK]
-        pairs = np.unique(np.concatenate([block.pairs(postings), *(run.pairs(known) for run in index)]))
-        ends = np.cumsum(sizes)
-        for text, earlier in zip((pairs >> 32).tolist(), (pairs & 0xFFFFFFFF).tolist(), strict=True):
-            if duplicate_of[text] < 0 and duplicate_of[earlier] < 0:
-                own = shingles[ends[text - first] - sizes[text - first] : ends[text - first]]
-                if _similarity(own, sets.read(earlier, earlier + 1)) >= threshold:
-                    duplicate_of[text] = earlier
-        stays = np.frombuffer(duplicate_of, np.int64)[block.texts] < 0
-        _insert(index, block.keys[stays], block.texts[stays])
-        ranks[_places(block.keys[stays], ranks)] |= _INDEXED
-    return np.frombuffer(duplicate_of, np.int64)
-
-
-def _similarity(one: Hashes, other: Hashes) -> float:
-    """Jaccard similarity of two sets."""
-    common = np.intersect1d(one, other, assume_unique=True).size
-    return common / (len(one) + len(other) - common)
-
-
 def _insert(index: list[_Run], keys: Hashes, texts: NDArray[np.uint32]) -> None:
-    """Add a run and merge the last ones of its size, so that runs stay few and a posting is moved few times."""
+    """Add a run, merged with the last ones of about its size: runs stay few, and a posting is moved few times."""
     while index and len(index[-1].keys) <= 4 * len(keys):
         last = index.pop()
-        keys, texts = np.concatenate([last.keys, keys]), np.concatenate([last.texts, texts])
-        order = np.argsort(keys)
-        keys, texts = keys[order], texts[order]
+        places = np.searchsorted(last.keys, keys)
+        keys, texts = np.insert(last.keys, places, keys), np.insert(last.texts, places, texts)
     if len(keys):
         index.append(_Run(keys, texts))

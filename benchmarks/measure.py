@@ -1,7 +1,7 @@
-"""What every row of the benchmarks shares: work in a process of its own, sides by turns, one result file a row.
+"""What all rows of the benchmarks share: sides measured by turns in processes of their own, and one result file a row.
 
-A side is `module:function` of this folder. The function gets strings, imports and prepares what it needs and returns
-the work; only the work is measured.
+A side is named `module:function`, of a module in this folder. The function takes strings, imports and prepares what it
+needs, and returns the work; only the work is measured.
 """
 
 import json
@@ -14,56 +14,56 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from time import perf_counter
 from typing import Literal
 
-from pydantic import JsonValue
 from rich.console import Console
 from rich.table import Table
 
 OUT = Path(__file__).parent / "out"
-Work = Callable[[], JsonValue]
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What one piece of work took, its children included, and what it returned.
+    """What a piece of work took, and what it returned, which JSON must be able to say.
 
-    `peak_bytes` is the growth of the process's resident memory, from before the work to its peak.
+    `cpu_s` includes the system's time and children's. `peak_bytes` is by how much the process's resident memory grew.
     """
 
     cpu_s: float
     wall_s: float
     peak_bytes: int
-    output: JsonValue
+    output: object
 
 
 def in_child(side: str, *arguments: str) -> Spent:
-    """Measure a side in a fresh interpreter. Raises CalledProcessError where it fails; its words are on stderr."""
+    """Measure a side in a fresh interpreter. Raises CalledProcessError where it fails, after its own words."""
     command = [sys.executable, __file__, side, *arguments]
     return Spent(**json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
 
 
 def by_turns(sides: Mapping[str, Sequence[str]], rounds: int) -> list[dict[str, Spent]]:
-    """Measure all sides, given as the arguments of `in_child`, once a round; every second round backwards."""
+    """Measure every side, given as the arguments of `in_child`, once a round; the order turns from round to round."""
     measured = []
     for number in range(rounds):
-        order = list(sides) if number % 2 == 0 else list(reversed(sides))
+        order = list(sides)[:: 1 if number % 2 == 0 else -1]
         spent = {name: in_child(*sides[name]) for name in order}
         told = ", ".join(f"{name} {spent[name].cpu_s:.2f} CPU-s" for name in sides)
-        print(f"round {number + 1} of {rounds}: {told}", file=sys.stderr)
-        measured.append({name: spent[name] for name in sides})
+        print(f"round {number + 1} of {rounds}: {told}", file=sys.stderr, flush=True)
+        measured.append(spent)
     return measured
 
 
 def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
     """The median of over[i] / under[i]."""
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+    return statistics.median(one / other for one, other in zip(over, under, strict=True))
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row. `value` is None where the correctness that `check` names did not hold."""
+    """One row. `value` is None where what `check` names did not hold."""
 
     row: str
     value: float | None
@@ -85,50 +85,58 @@ class Result:
 
 
 def machine() -> str:
-    """Processor, cores, system and Python."""
-    models = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0))
-    return f"{models[0] if models else platform.machine()}, {cores} cores, Python {platform.python_version()}"
+    """Processor, number of cores, system and Python."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        lines = []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
 
 
-def publish(result: Result, details: Table) -> bool:
-    """Print a row and its details, write benchmarks/out/ROW.json, and tell whether the row is met."""
-    OUT.mkdir(exist_ok=True)
-    (OUT / f"{result.row}.json").write_text(json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    better = "≥" if result.better == "higher" else "≤"
+def show(result: Result, details: Table) -> None:
+    """Print a row and what is behind it."""
+    sign = "≥" if result.better == "higher" else "≤"
     table = Table("row", "value", "must", "aim", "check", "")
     table.add_row(
         result.row,
         "void" if result.value is None else f"{result.value:.3g} {result.unit}",
-        f"{better} {result.must:g}",
-        f"{better} {result.aim:g}",
+        f"{sign} {result.must:g}",
+        f"{sign} {result.aim:g}",
         result.check,
         "met" if result.is_met else "[red]missed[/red]" if result.passed else "[red]failed[/red]",
     )
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(details, table, f"{result.rounds} rounds by turns, median of ratios; {result.machine}")
-    return result.is_met
+    console.print(details, table, f"{result.rounds} rounds by turns, medians; {result.machine}")
 
 
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text("utf-8").splitlines() if Path(path).exists() else []
+def write(result: Result, folder: Path = OUT) -> None:
+    """Write `folder`/ROW.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asdict(result), indent=2, ensure_ascii=False)
+    (folder / f"{result.row}.json").write_text(text + "\n", "utf-8")
 
 
-def _memory_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process. getrusage would count what the parent had when it forked."""
-    return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith(f"{field}:"))
+def _resident(field: str) -> int:
+    """VmRSS or VmHWM of this process in bytes. `getrusage` would count what the parent had when it forked."""
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def _measure(work: Work) -> Spent:
-    # The peak before now is the imports'.
+def _cpu_s() -> float:
+    used = [getrusage(who) for who in (RUSAGE_SELF, RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def _measured(work: Work) -> Spent:
+    # Forgets the peak of the imports.
     Path("/proc/self/clear_refs").write_text("5")
-    resident, cpu, wall = _memory_bytes("VmRSS"), os.times(), perf_counter()
+    resident, cpu, wall = _resident("VmRSS"), _cpu_s(), perf_counter()
     output = work()
-    now = os.times()
-    return Spent(sum(now[:4]) - sum(cpu[:4]), perf_counter() - wall, _memory_bytes("VmHWM") - resident, output)
+    return Spent(_cpu_s() - cpu, perf_counter() - wall, _resident("VmHWM") - resident, output)
 
 
 if __name__ == "__main__":
     module, _, function = sys.argv[1].partition(":")
     prepared: Work = getattr(import_module(module), function)(*sys.argv[2:])
-    print(json.dumps(asdict(_measure(prepared))))
+    print(json.dumps(asdict(_measured(prepared))))

@@ -1,20 +1,28 @@
-"""Row 5: near-duplicate removal against datasketch, both exact-verified: `python benchmarks/near_duplicates.py`."""
+"""Row 5: near-duplicate removal against datasketch, both exact-verified.
+
+`python benchmarks/run.py 5` measures the row; `python benchmarks/near_duplicates.py` with options looks at other texts.
+"""
 
 import argparse
 import json
+import statistics
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from os import pread
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
 import numpy as np
-from measure import Result, Work, by_turns, machine, median_ratio, publish
+from measure import Result, Work, by_turns, machine, median_ratio, show
 from numpy.random import Generator
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from rich.table import Table
 
+from selfalign.core.errors import UsageError
 from selfalign.text.near_duplicates import SHINGLE_WORDS, near_duplicates
 from selfalign.text.overlap import words
 
@@ -43,7 +51,7 @@ class _Prose:
         drawn: list[str] = self.words[self.ranks(count, len(self.words))].tolist()
         return drawn
 
-    def ranks(self, count: int, kinds: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    def ranks(self, count: int, kinds: int) -> NDArray[np.int64]:
         """`count` numbers below `kinds`, n as often as 1 / (n + 1)."""
         return (kinds ** self._random.random(count)).astype(np.int64) - 1
 
@@ -90,12 +98,12 @@ def made_up(count: int, seed: int) -> Iterator[str]:
         yield text
 
 
-def texts_of(path: Path) -> Iterator[str]:
-    """Texts of a file, or of all files of a folder: one a line, and of a line in JSON its longest string."""
+def read(path: Path) -> Iterator[str]:
+    """Texts of a file, or of all files in a folder: one a line, and where lines are JSON the longest string of each."""
     for file in sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]:
         with file.open(encoding="utf-8") as lines:
             for line in lines:
-                yield max(_strings(json.loads(line)), key=len, default="") if ".json" in file.suffixes[0] else line
+                yield max(_strings(json.loads(line)), key=len, default="") if file.suffix == ".jsonl" else line
 
 
 def _strings(value: object) -> Iterator[str]:
@@ -106,12 +114,18 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(each)
 
 
+def lines_of(path: str) -> Iterator[str]:
+    """The texts of a corpus file, which both sides read."""
+    with open(path, encoding="utf-8", newline="\n") as lines:
+        yield from lines
+
+
 # The sides
 
 
 def ours(corpus: str, scratch: str) -> Work:
     """selfalign's own."""
-    return lambda: near_duplicates(texts_of(Path(corpus)), THRESHOLD, Path(scratch)).tolist()
+    return lambda: near_duplicates(lines_of(corpus), THRESHOLD, Path(scratch)).tolist()
 
 
 def datasketch(corpus: str, scratch: str) -> Work:
@@ -126,7 +140,7 @@ def datasketch(corpus: str, scratch: str) -> Work:
         duplicate_of: list[int] = []
         ends = array("q", [0])
         with TemporaryFile(dir=scratch, buffering=0) as sets:
-            for number, text in enumerate(texts_of(Path(corpus))):
+            for number, text in enumerate(lines_of(corpus)):
                 shingles = list(shingles_of(text))
                 hashes = np.sort(np.fromiter(map(hash, shingles), np.int64, len(shingles)))
                 sets.write(hashes.data)
@@ -154,3 +168,108 @@ def shingles_of(text: str) -> set[str]:
     tokens = words(text)
     last = max(len(tokens) - SHINGLE_WORDS, 0)
     return {" ".join(tokens[i : i + SHINGLE_WORDS]) for i in range(last + 1)} if tokens else set()
+
+
+# The row
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is wrong with the texts that we drop, and what each side leaves in that the other found."""
+
+    false_drops: int
+    missed: int
+    missed_by_datasketch: int
+    repeatable: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether we drop near-duplicates of kept texts only, and miss none that datasketch finds, every time."""
+        return self.repeatable and self.false_drops == self.missed == 0
+
+
+def check(texts: Sequence[str], ours: Sequence[list[int]], theirs: Sequence[list[int]]) -> Checked:
+    """Hold the outputs of all rounds against the definition and against each other.
+
+    Sides that keep different texts may drop different ones, both rightly. So a pair that one side found is missed by
+    the other where that keeps both texts.
+    """
+    mine, peer = ours[0], theirs[0]
+    false_drops = 0
+    for number, kept in enumerate(mine):
+        if kept >= 0:
+            one, other = shingles_of(texts[number]), shingles_of(texts[kept])
+            similar = len(one & other) / len(one | other) >= THRESHOLD
+            false_drops += not (similar and kept < number and mine[kept] < 0)
+    repeatable = all(each == mine for each in ours) and all(each == peer for each in theirs)
+    return Checked(false_drops, _missed(mine, peer), _missed(peer, mine), repeatable)
+
+
+def _missed(by: Sequence[int], found: Sequence[int]) -> int:
+    return sum(kept >= 0 and by[number] < 0 and by[kept] < 0 for number, kept in enumerate(found))
+
+
+def measured(texts: Iterable[str], rounds: int) -> tuple[Result, Table]:
+    """Measure both sides on the texts. Raises UsageError where datasketch is not installed."""
+    if find_spec("datasketch") is None:
+        raise UsageError("near-duplicate removal is measured against datasketch: pip install -e '.[bench]'")
+    with TemporaryDirectory(prefix="near-duplicates-") as folder:
+        corpus = Path(folder) / "corpus.txt"
+        with corpus.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
+            file.writelines(" ".join(text.split()) + "\n" for text in texts)
+        sides = {name: (f"near_duplicates:{name}", str(corpus), folder) for name in ("ours", "datasketch")}
+        spent = by_turns(sides, rounds)
+        outputs = {
+            name: [TypeAdapter(list[int]).validate_python(each[name].output) for each in spent] for name in sides
+        }
+        held = check(list(lines_of(str(corpus))), outputs["ours"], outputs["datasketch"])
+
+    cpu = {name: [each[name].cpu_s for each in spent] for name in sides}
+    peak = {name: [each[name].peak_bytes / 2**20 for each in spent] for name in sides}
+    memory = median_ratio(peak["ours"], peak["datasketch"])
+    count = len(outputs["ours"][0])
+    details = Table("", "CPU-s", "documents a CPU-s", "peak MiB", "dropped", "pairs missed")
+    for name, missed in (("ours", held.missed), ("datasketch", held.missed_by_datasketch)):
+        seconds = statistics.median(cpu[name])
+        dropped = sum(kept >= 0 for kept in outputs[name][0])
+        shown = f"{seconds:.2f}", f"{count / seconds:,.0f}", f"{statistics.median(peak[name]):.0f}", dropped, missed
+        details.add_row(name, *map(str, shown))
+    passed = held.holds and memory <= MEMORY_MUST
+    result = Result(
+        row="5",
+        value=median_ratio(cpu["datasketch"], cpu["ours"]) if held.holds else None,
+        unit="times datasketch's CPU-seconds",
+        better="higher",
+        must=MUST,
+        aim=AIM,
+        check=f"{count} documents, {held.false_drops} dropped wrongly, {held.missed} of datasketch's pairs missed, "
+        f"{'the same' if held.repeatable else 'NOT the same'} every round; memory {memory:.2f} of datasketch's, "
+        f"at most {MEMORY_MUST}",
+        passed=passed,
+        rounds=rounds,
+        machine=machine(),
+    )
+    return result, details
+
+
+def row() -> tuple[Result, Table]:
+    """The row under its own conditions."""
+    return measured(made_up(DOCUMENTS, seed=0), ROUNDS)
+
+
+def main(arguments: list[str]) -> int:
+    """The process's exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--texts", type=Path, help="a file of texts, one a line or JSON Lines, or a folder of such files"
+    )
+    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="how many texts to make up")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    given = parser.parse_args(arguments)
+    result, details = measured(read(given.texts) if given.texts else made_up(given.documents, seed=0), given.rounds)
+    show(result, details)
+    return 0 if result.is_met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -115,6 +115,7 @@ def test_every_step_accounts_for_every_unit(toy: Toy, tmp_path: Path) -> None:
         "kept": 80 - 2 * empty,
         "rejected": {"empty": 2 * empty},
         "quarantined": {},
+        "noted": {},
     }
 
 

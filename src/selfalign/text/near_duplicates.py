@@ -11,7 +11,7 @@ import unicodedata
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -53,11 +53,12 @@ def near_duplicates(texts: Iterable[str], threshold: float, scratch: Path) -> In
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}, but a similarity to reach is above 0 and at most 1")
-    with _explained(scratch):
-        scratch.mkdir(parents=True, exist_ok=True)
-        files = TemporaryFile(dir=scratch), TemporaryFile(dir=scratch)
-    with files[0] as first, files[1] as second:
-        sets, census, shingler = _Sets(first), _Census(second), _Shingler()
+    with ExitStack() as files:
+        with _explained(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
+            sets = _Sets(files.enter_context(TemporaryFile(dir=scratch)))
+            census = _Census(files.enter_context(TemporaryFile(dir=scratch)))
+        shingler = _Shingler()
         for block in _blocks(texts):
             shingles, sizes = shingler(block)
             with _explained(scratch):
@@ -122,7 +123,7 @@ def _character(letter: str) -> tuple[int, int]:
         case _:
             return _GAP + _FOLD, 0
     # Marks, and the vowels and finals of Hangul, are what Unicode composes with the character before.
-    composes = unicodedata.category(form).startswith("M") or "\u1160" <= form <= "\u11ff"
+    composes = any(unicodedata.category(each)[0] == "M" for each in (letter, form)) or "\u1160" <= form <= "\u11ff"
     return kind + _FOLD * composes, _random(form)
 
 
@@ -178,7 +179,7 @@ class _Shingler:
         values *= powers
         sums = np.zeros(len(codes) + 1, np.uint64)
         np.cumsum(values, out=sums[1:])
-        hashes = np.diff(sums[np.append(starts, len(codes))]) * inverses[starts]
+        hashes = (sums[np.append(starts[1:], len(codes))] - sums[starts]) * inverses[starts]
         # A sum of unmixed words would be one polynomial, in which words could change places.
         hashes = (hashes ^ hashes >> np.uint64(32)) * _MIX
         return hashes, np.diff(np.searchsorted(starts, np.cumsum(lengths)), prepend=0)
@@ -197,8 +198,9 @@ class _Shingler:
     def _powers_to(self, length: int) -> tuple[Hashes, Hashes]:
         """The powers 0..length - 1 of the base, and their inverses."""
         if length > len(self._powers):
+            room = max(length, 2 * _BLOCK_CHARACTERS)
             self._powers, self._inverses = (
-                np.cumprod(np.append(np.uint64(1), np.full(2 * length, base, np.uint64)))
+                np.cumprod(np.append(np.uint64(1), np.full(room - 1, base, np.uint64)), dtype=np.uint64)
                 for base in (_BASE, pow(_BASE, -1, 1 << 64))
             )
         return self._powers[:length], self._inverses[:length]

@@ -61,6 +61,22 @@ def load_model(config: ModelConfig) -> "PreTrainedModel":
     return model.eval()
 
 
+def settle_generation(model: "PreTrainedModel", stops: frozenset[int]) -> None:
+    """Generation settings that can be saved and that end a reply where training ended it.
+
+    Models are published with a temperature but without sampling, which can be loaded and not saved: that must not
+    come out after the training.
+    """
+    generation = model.generation_config
+    if generation is None:
+        return
+    generation.eos_token_id = sorted(stops)
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+
+
 def _fetch(auto_class: Any, config: ModelConfig, **extra: Any) -> Any:
     from transformers.utils.logging import disable_progress_bar
 

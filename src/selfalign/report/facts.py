@@ -4,15 +4,12 @@ Steps are found by name and columns by theirs, so that a run which stands still,
 gives what it has. A step that a gate failed counts: what it measured is why.
 """
 
-import heapq
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import JsonValue
@@ -21,7 +18,9 @@ from selfalign.core.errors import StorageError
 from selfalign.core.store import Manifest
 from selfalign.evaluation.metrics import auc, auc_interval
 from selfalign.report.charts import Level
+from selfalign.report.columns import batches, rows_by_id
 from selfalign.report.run import RunView, StepView
+from selfalign.report.show import extremes, generated, last_rated, replies
 from selfalign.report.status import measurements
 from selfalign.stages.curate.select import UNRATED
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-BATCH_ROWS = 4096
 # Tenths in the middle of their bins, so that whole ratings stand at their numbers.
 BINS = 41
 RATING_EDGES = [round(0.95 + 0.1 * n, 2) for n in range(BINS + 1)]
@@ -282,24 +280,14 @@ class Facts:
 
     def samples(self, n: int) -> Mapping[str, list[Sample]]:
         """The rows that `selfalign show` shows, with where they came from."""
-        pairs = self._first("augment.filter", n)
-        last = next((step for _, step in reversed(self.rounds("curate.rate"))), None)
-        high, low = _extremes(last, n) if last else ([], [])
+        last = last_rated(self.run)
+        high, low = extremes(self.run, n, n)
         return {
-            "pairs": self._told(pairs, None),
+            "pairs": self._told(generated(self.run, n), None),
             "high": self._told(high, last),
             "low": self._told(low, last),
             "responses": self._replies(n),
         }
-
-    def _first(self, name: str, n: int) -> list[dict[str, Any]]:
-        step = self.finished(name)
-        found: list[dict[str, Any]] = []
-        for batch in batches(step, _SHOWN, size=n) if step else ():
-            found += batch.to_pylist()
-            if len(found) >= n:
-                break
-        return found[:n]
 
     def _told(self, rows: Sequence[Mapping[str, Any]], rated: StepView | None) -> list[Sample]:
         makers = {step.artifact.identity: step for step in self.run.steps}
@@ -314,7 +302,7 @@ class Facts:
             lineage = [
                 ("document", parents[row["id"]]),
                 ("header", document.get("header")),
-                ("within", document.get("within")),
+                ("within", next(reversed(document.get("within") or ()), None)),
                 ("source", row.get("source")),
                 ("license", row.get("license") or document.get("license")),
                 ("instruction by", f"{maker.title} ({maker.artifact.name})" if maker else row.get("model")),
@@ -340,22 +328,15 @@ class Facts:
         return {id: reason.replace("_", " ") for id, reason in reasons.items()}
 
     def _replies(self, n: int) -> list[Sample]:
-        step = self.finished(f"evaluate.forward@{self.run.final_round}")
-        replies = step.lines("replies.jsonl") if step else []
-        # Held-out prompts of the seed come after the questions, and are what a user would ask.
-        asked = [row for row in replies if not row["id"].startswith("question/")] or replies
         model = self.run.step(f"forward.train@{self.run.final_round}")
         by = f"M{self.run.final_round} ({model.artifact.name})" if model else None
         found = []
-        for row in asked[:n]:
+        for row in replies(self.run)[:n]:
             texts = [("Prompt", row["prompt"]), ("Reply", row["reply"])]
             lineage = [("prompt", row["id"]), ("reply by", by), ("ended by", row.get("finish"))]
             right = "" if row.get("right") is None else "right" if row["right"] else "wrong"
             found.append(Sample(row["id"], _said(texts), right, _said(lineage)))
         return found
-
-
-_SHOWN = ["source", "license", "prompt", "completion", "parents", "model", "rating", "reply"]
 
 
 def is_finished(step: StepView) -> bool:
@@ -400,68 +381,11 @@ def read_json(run: RunView, name: str) -> JsonValue:
     return found
 
 
-def batches(step: StepView, columns: Sequence[str], size: int = BATCH_ROWS) -> Iterator["pa.RecordBatch"]:
-    """Its kept rows, at most `size` at a time, with `id` and those of `columns` that its table has."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    for shard in step.artifact.shards():
-        with _readable(shard), pq.ParquetFile(shard, page_checksum_verification=True) as file:
-            wanted = dict.fromkeys(["id", "outcome", *columns])
-            names = [name for name in wanted if name in file.schema_arrow.names]
-            for batch in file.iter_batches(size, columns=names):
-                yield batch.filter(pc.equal(batch.column("outcome"), pa.scalar("kept")))
-
-
-def rows_by_id(step: StepView, ids: Sequence[str], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Some rows of a step, whatever came of them, with `id` and those of `columns` that its table has."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    found: dict[str, dict[str, Any]] = {}
-    for shard in step.artifact.shards() if ids else ():
-        with _readable(shard):
-            names = [name for name in ("id", *columns) if name in pq.read_schema(shard).names]
-            # Rows are sorted by id, so that most shards are told by their statistics to hold none of them.
-            table = pq.read_table(
-                shard, columns=names, filters=pc.field("id").isin(list(ids)), page_checksum_verification=True
-            )
-        found |= {row["id"]: row for row in table.to_pylist()}
-    return found
-
-
-@contextmanager
-def _readable(shard: Path) -> Iterator[None]:
-    import pyarrow as pa
-
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"{shard} is damaged or unreadable: {error}") from error
-
-
 def floats(column: "pa.Array[Any]") -> "NDArray[np.float64]":
     """A column with NaN for null."""
     import numpy as np
 
     return np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)
-
-
-def _extremes(rated: StepView, n: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The highest and the lowest rated rows; no row is both."""
-    high = heapq.nsmallest(n, _by_rating(rated))
-    low = [key for key in heapq.nlargest(n, _by_rating(rated)) if key not in high]
-    rows = rows_by_id(rated, [id for _, id in (*high, *low)], _SHOWN)
-    return [rows[id] for _, id in high], [rows[id] for _, id in low]
-
-
-def _by_rating(step: StepView) -> Iterator[tuple[float, str]]:
-    """Keys that sort as `selfalign show` does: the best first."""
-    for batch in batches(step, ["rating"]):
-        for id, rating in zip(batch.column("id").to_pylist(), batch.column("rating").to_pylist(), strict=True):
-            if rating is not None:
-                yield -rating, str(id)
 
 
 def _by_source(step: StepView) -> Counter[str]:

@@ -11,7 +11,7 @@ from selfalign.core.errors import MismatchError, StorageError, UsageError
 from selfalign.core.store import Artifact, commit_folder
 from selfalign.engines.chat import Chat
 from selfalign.engines.config import ModelConfig, on_this_machine
-from selfalign.engines.loading import load_model, load_tokenizer
+from selfalign.engines.loading import load_model, load_tokenizer, settle_generation
 from selfalign.report.ask import Found, find
 from selfalign.stages.prompting import chat
 from selfalign.training.preflight import stop_ids
@@ -167,7 +167,7 @@ def _merge_into(
         merged = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise MismatchError(f"{adapter} cannot be merged: {error}") from error
-    _settle_generation(merged, stop_ids(tokenizer, config))
+    settle_generation(merged, stop_ids(tokenizer, config))
     try:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -192,19 +192,6 @@ def _adapted(base: "PreTrainedModel", adapter: Path, name: str) -> "PeftModel":
     if odd := [*found.missing_keys, *found.unexpected_keys]:
         raise MismatchError(f"{misfit}: {len(odd)} weights have no counterpart, such as {odd[0]}")
     return model.eval()
-
-
-def _settle_generation(model: "PreTrainedModel", stops: frozenset[int]) -> None:
-    """Let `generate` of plain transformers end a reply where training ended it."""
-    generation = model.generation_config
-    if generation is None:
-        return
-    generation.eos_token_id = sorted(stops)
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        # Published with a temperature but without sampling, which can be loaded and not saved.
-        generation.do_sample = True
 
 
 def _encoded(tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:

@@ -16,7 +16,7 @@ from selfalign.core.errors import GateError, MismatchError
 from selfalign.core.records import Example
 from selfalign.core.stage import Log
 from selfalign.engines.config import ModelConfig
-from selfalign.engines.loading import load_model, load_tokenizer
+from selfalign.engines.loading import load_model, load_tokenizer, settle_generation
 from selfalign.training.config import TrainConfig, refuse_contradictions
 from selfalign.training.preflight import IGNORED, Preflight, Tokenised, check, fit, stop_ids, tokenise
 
@@ -69,7 +69,7 @@ def train(
     base = load_model(_trainable(model, config))
     use_cache = base.config.use_cache
     _check_fit(base, rows, config)
-    _settle_generation(base, stops)
+    settle_generation(base, stops)
     with _scratch(folder) as scratch:
         trainer = _trainer(base, tokenizer, data, model, config, scratch, seed, log)
         result = trainer.train()
@@ -133,22 +133,6 @@ def _check_fit(base: "PreTrainedModel", rows: Sequence[Tokenised], config: Train
         missing = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
         if missing:
             raise MismatchError(f"target_modules: the model has no {', '.join(missing)}; all-linear fits any model")
-
-
-def _settle_generation(base: "PreTrainedModel", stops: frozenset[int]) -> None:
-    """Generation settings that can be saved and that end a reply where training ended it.
-
-    Models are published with a temperature but without sampling, which can be loaded and not saved: that must not
-    come out after the training.
-    """
-    generation = base.generation_config
-    if generation is None:
-        return
-    generation.eos_token_id = sorted(stops)
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        generation.do_sample = True
 
 
 def _trainer(

@@ -24,7 +24,7 @@ fuzz: $(VENV)/.installed-dev
 
 # `make bench ROW=5`, or all that are built.
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m benchmarks $(ROW)
+	$(BIN)/python benchmarks/run.py $(ROW)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

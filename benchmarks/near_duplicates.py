@@ -41,10 +41,9 @@ class _Prose:
     def __init__(self, random: Generator) -> None:
         self._random = random
         syllables = [a + b for a in "bcdfghklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er")]
-        made: dict[str, None] = {}
-        while len(made) < 50_000:
-            made["".join(random.choice(syllables, 1 + min(2, len(made) // 60)))] = None
-        self.words = np.array(list(made), object)
+        drawn = random.integers(0, len(syllables), (60_000, 3)).tolist()
+        made = ["".join(syllables[each] for each in word[: 1 if rank < 60 else 3]) for rank, word in enumerate(drawn)]
+        self.words = np.array(list(dict.fromkeys(made))[:50_000], object)
         self._phrases = [self._draw(int(n)) for n in random.integers(5, 10, 4_000)]
 
     def _draw(self, count: int) -> list[str]:

@@ -1,16 +1,20 @@
 """Near-duplicates are what comparing all pairs finds, in whatever blocks and files the texts come."""
 
 import os
+import resource
 import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from selfalign.core.errors import StorageError
 from selfalign.text import near_duplicates as module
@@ -67,7 +71,7 @@ VOCABULARIES = (
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     st.randoms(use_true_random=False),
     st.sampled_from(VOCABULARIES),
@@ -161,31 +165,54 @@ def test_texts_without_words_are_like_no_other(scratch: Path) -> None:
     assert near_duplicates([], 0.5, scratch).tolist() == []
 
 
-def test_copies_of_a_text_are_compared_with_the_first_alone(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
+@pytest.fixture
+def comparisons(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The similarities that were computed."""
+    computed: list[float] = []
     similarity = module._similarity
 
-    def counted(one: module.Hashes, other: module.Hashes) -> float:
-        nonlocal calls
-        calls += 1
-        return similarity(one, other)
+    def watched(one: module.Hashes, other: module.Hashes) -> float:
+        computed.append(similarity(one, other))
+        return computed[-1]
 
-    monkeypatch.setattr(module, "_similarity", counted)
+    monkeypatch.setattr(module, "_similarity", watched)
+    return computed
+
+
+def test_copies_are_compared_with_the_first_alone_and_leave_nothing_in_memory(
+    scratch: Path, comparisons: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     random = Random(0)
     texts = [" ".join(random.choices(VOCABULARIES[4], k=60)) for _ in range(10)]
     noisy = [edited(random, random.choice(texts), VOCABULARIES[4], 1) for _ in range(990)]
-    found = near_duplicates([*texts, *noisy], 0.5, scratch)
-    assert found.tolist() == [-1] * 10 + found[10:].clip(0, 9).tolist()
-    assert calls == 990
+    indexed = set()
+    insert = module._insert
+
+    def watched(index: list[module._Run], keys: module.Hashes, numbers: NDArray[np.uint32]) -> None:
+        indexed.update(numbers.tolist())
+        insert(index, keys, numbers)
+
+    monkeypatch.setattr(module, "_insert", watched)
+    found = near_duplicates([*texts, *noisy], 0.5, scratch).tolist()
+    assert found[:10] == [-1] * 10
+    assert set(found[10:]) == set(range(10)) == indexed
+    assert len(comparisons) == 990
 
 
-def test_text_that_is_not_repeated_is_compared_with_nothing(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_is_not_repeated_is_compared_with_nothing(scratch: Path, comparisons: list[float]) -> None:
     random = Random(0)
-    notice = " ".join(random.choices(VOCABULARIES[4], k=40))
-    vocabulary = [f"word{number}" for number in range(5_000)]
-    texts = [" ".join([*random.choices(vocabulary, k=60), notice]) for _ in range(500)]
-    monkeypatch.setattr(module, "_similarity", lambda one, other: pytest.fail("compared"))
-    assert near_duplicates(texts, 0.8, scratch).tolist() == [-1] * 500
+    notice = " ".join(random.choices(VOCABULARIES[4], k=200))
+    texts = [" ".join([*(f"{number} {place}" for place in range(25)), notice]) for number in range(500)]
+    assert near_duplicates(texts, 0.7, scratch).tolist() == [-1] * 500
+    assert comparisons == []
+
+
+def test_what_few_texts_share_decides_what_is_compared(scratch: Path, comparisons: list[float]) -> None:
+    random = Random(0)
+    notice, *passages = (" ".join(random.choices(VOCABULARIES[4], k=60)) for _ in range(301))
+    texts = [" ".join([notice, *pair]) for pair in pairwise(passages)]
+    assert near_duplicates(texts, 0.8, scratch).tolist() == [-1] * 299
+    assert len(comparisons) < 2 * 300
 
 
 def test_the_result_does_not_depend_on_the_process(scratch: Path) -> None:
@@ -233,6 +260,17 @@ def test_a_folder_that_cannot_hold_the_files_is_named(tmp_path: Path) -> None:
     blocked.write_text("not a folder")
     with pytest.raises(StorageError, match=r"cannot keep the shingles .* in .*file: .*exists.*12 bytes"):
         near_duplicates([FOX], 0.8, blocked)
+
+
+@pytest.mark.parametrize("count", [20, 20_000])
+def test_a_disk_that_is_full_is_an_error_of_the_scratch_folder(tmp_path: Path, count: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(StorageError, match="cannot keep the shingles"):
+            near_duplicates((f"{number} {FOX}" for number in range(count)), 0.8, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, 1.01, float("nan")])

@@ -48,10 +48,11 @@ class Externals:
         found = resolve(path, Path.cwd(), revision, self.pinned, setting=setting, format=format, listed=self.digests)
         if found.commit is not None:
             self.pinned[pin_key(path, revision)] = found.commit
-        parts: list[JsonValue] = [
-            [part.id, part.sha256, part.rows, part.format] for shard in found.shards for part in shard
+        # How parts share shards counts too: what was read of one division must not be completed by another.
+        shards: list[JsonValue] = [
+            [[part.id, part.sha256, part.rows, part.format] for part in shard] for shard in found.shards
         ]
-        return External(path, digest(parts), found.shards)
+        return External(path, digest(shards), found.shards)
 
     def model(self, config: ModelConfig, setting: str) -> tuple[ModelConfig, External]:
         """The model as it will be loaded on this machine, at a pinned commit, and its digest."""

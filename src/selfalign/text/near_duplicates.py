@@ -56,8 +56,8 @@ def near_duplicates(texts: Iterable[str], threshold: float, scratch: Path) -> In
     with ExitStack() as files:
         with _explained(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
-            sets = _Sets(files.enter_context(TemporaryFile(dir=scratch)))
-            census = _Census(files.enter_context(TemporaryFile(dir=scratch)))
+            sets = _Sets(files.enter_context(TemporaryFile(dir=scratch, buffering=0)))
+            census = _Census(files.enter_context(TemporaryFile(dir=scratch, buffering=0)))
         shingler = _Shingler()
         for block in _blocks(texts):
             shingles, sizes = shingler(block)
@@ -98,7 +98,6 @@ def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 # Odd, so that it has an inverse modulo 2**64; 5 modulo 8, so that its powers repeat as late as possible.
 _BASE = 0x9E3779B97F4A7C1D
-_MIX = np.uint64(0xD6E8FEB86659FD93)
 # Between words, within a word, or the first of a word whatever comes before it.
 _GAP, _LETTER, _ALONE = 1, 2, 3
 # Added where a character can join the one before it or stands for several: its text is folded first.
@@ -180,8 +179,6 @@ class _Shingler:
         sums = np.zeros(len(codes) + 1, np.uint64)
         np.cumsum(values, out=sums[1:])
         hashes = (sums[np.append(starts[1:], len(codes))] - sums[starts]) * inverses[starts]
-        # A sum of unmixed words would be one polynomial, in which words could change places.
-        hashes = (hashes ^ hashes >> np.uint64(32)) * _MIX
         return hashes, np.diff(np.searchsorted(starts, np.cumsum(lengths)), prepend=0)
 
     def _characters(self, texts: Sequence[str]) -> tuple[Integers, NDArray[np.intp], NDArray[np.uint8]]:
@@ -233,7 +230,7 @@ class _Sets:
         return len(self._ends) - 1
 
     def append(self, shingles: Hashes, sizes: Integers) -> None:
-        self._file.write(shingles.data)
+        _write(self._file, shingles)
         self._ends.frombytes((np.cumsum(sizes) + self._ends[-1]).tobytes())
 
     def sizes(self, texts: Integers) -> Integers:
@@ -246,7 +243,6 @@ class _Sets:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """All texts in order, some at a time: the first, and the first of the next block."""
-        self._file.flush()
         first = 0
         while first < len(self):
             fitting = bisect_right(self._ends, self._ends[first] + _BLOCK_SHINGLES) - 1
@@ -284,7 +280,7 @@ class _Census:
         run = np.sort(np.concatenate(self._waiting))
         ranges = np.arange(1 << _RANGE_BITS, dtype=np.uint32) << np.uint32(32 - _RANGE_BITS)
         self._bounds.append(np.append(np.searchsorted(run, ranges), len(run)) + self._size)
-        self._file.write(run.data)
+        _write(self._file, run)
         self._size += len(run)
         self._waiting, self._waiting_size = [], 0
 
@@ -295,7 +291,6 @@ class _Census:
         """
         if self._waiting:
             self._end_run()
-        self._file.flush()
         # Four to eight shingles an entry: most of them are of one text only and leave no trace.
         bits = min(max(self._size.bit_length() - 2, _RANGE_BITS), _MOST_RANK_BITS)
         table = np.zeros(1 << bits, np.uint8)
@@ -313,6 +308,13 @@ class _Census:
 def _places(hashes: Hashes, table: NDArray[np.uint8]) -> Integers:
     """Where a table of ranks has its entries for shingles or keys."""
     return (hashes >> np.uint64(65 - len(table).bit_length())).view(np.int64)
+
+
+def _write(file: IO[bytes], values: Hashes | NDArray[np.uint32]) -> None:
+    # No buffer: what did not fit on the disk would come up again when the file is closed.
+    left = values.view(np.uint8).data
+    while left:
+        left = left[file.write(left) :]
 
 
 def _read(file: IO[bytes], begin: int, end: int) -> bytes:

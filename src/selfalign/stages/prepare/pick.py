@@ -162,9 +162,10 @@ def _near_duplicates(left: Callable[[], Left[Document]], threshold: float) -> di
 
     with tempfile.TemporaryDirectory(prefix="selfalign-") as scratch:
         earlier = near_duplicates((row.text for _, row in left()), threshold, Path(scratch))
-    first = set(earlier)
-    ids = {n: row.id for n, (_, row) in enumerate(left()) if n in first}
-    return {place: f"of {ids[of]}" for (place, _), of in zip(left(), earlier, strict=True) if of >= 0}
+    of = earlier.tolist()
+    wanted = set(of)
+    ids = {n: row.id for n, (_, row) in enumerate(left()) if n in wanted}
+    return {place: f"of {ids[n]}" for (place, _), n in zip(left(), of, strict=True) if n >= 0}
 
 
 def _between(left: Left[Document], quantiles: tuple[float, float]) -> set[Place]:

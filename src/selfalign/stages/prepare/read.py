@@ -12,6 +12,7 @@ from selfalign.data.config import SeedConfig, SourceConfig
 class _Read(MapStage):
     """Parts of files → rows; their records are counted beforehand, and a record may hold several rows."""
 
+    version: ClassVar[int] = 2
     record: ClassVar[type[Record]] = SourcePart
     batch_rows: ClassVar[int] = 16
     splits: ClassVar[bool] = True

@@ -132,12 +132,18 @@ def generate(arguments: Arguments) -> int:
 
 
 def report(arguments: Arguments) -> int:
-    """A run as one HTML file to look at: waterfall, ratings, losses, results, samples."""
+    """A run as one HTML file to look at: waterfall, ratings, losses, results, samples.
+
+    A file named with --to that is there already is replaced with --force alone; the run's own report.html always is.
+    """
     from selfalign.report.html import write_report
     from selfalign.report.run import RunView
 
     root = Path(arguments.run)
-    written = write_report(RunView.open(root), Path(arguments.to) if arguments.to else root / "report.html")
+    to = Path(arguments.to) if arguments.to else root / "report.html"
+    if arguments.to and to.exists() and not arguments.force:
+        raise UsageError(f"{to} is there already; name another file with --to, or replace it with --force")
+    written = write_report(RunView.open(root), to)
     print(json.dumps({"path": str(written)}) if arguments.json else written)
     return 0
 
@@ -391,6 +397,7 @@ def _parser() -> argparse.ArgumentParser:
     reporter = verb("report", report, "selfalign report runs/demo")
     reporter.add_argument("run", metavar="DIR")
     reporter.add_argument("--to", metavar="FILE", help="default: report.html in the run's folder")
+    reporter.add_argument("--force", action="store_true", help="replace a file that is there")
     exporter = verb("export", export, "selfalign export runs/demo --stage curated --to train.jsonl")
     exporter.add_argument("run", metavar="DIR")
     exporter.add_argument(
@@ -417,7 +424,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     exporter.add_argument("--force", action="store_true", help="replace a file that is there")
     asker = verb("generate", generate, 'selfalign generate runs/demo --prompt "What is the capital of Vage?"')
-    asker.add_argument("model", metavar="MODEL", help="a model's or an adapter's folder, or a run's (its last model)")
+    asker.add_argument("model", metavar="MODEL", help="the folder of a run (its last model), an adapter or a model, or org/name on the Hub")
     source = asker.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--file", metavar="FILE", help="a prompt a line")

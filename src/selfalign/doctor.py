@@ -1,5 +1,6 @@
 """`selfalign doctor`: whether this machine can do what runs ask of it, a line a question, and what to do where not."""
 
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -14,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -27,6 +28,8 @@ _OURS = frozenset({"dev", "bench"})
 _NAMED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 # The oldest NVIDIA driver that runs each generation of CUDA (its release notes, "minor version compatibility").
 _DRIVERS = {11: 450, 12: 525, 13: 580}
+_PORTS = {"http": 80, "https": 443, "ray": 10001}
+_ENCODED = " (in a password / is %2F, @ is %40, ? is %3F, # is %23, [ is %5B)"
 
 
 @dataclass(frozen=True)
@@ -350,12 +353,16 @@ def _existing(path: Path) -> Path:
 
 def hub() -> Check:
     """The Hub, and whether it takes the token. The token is never shown."""
+    if not _endpoint_is_good():
+        return Check("hub", "fail", "HF_ENDPOINT is no address", f"unset it, or set it to https://HOST{_ENCODED}")
     import huggingface_hub
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
+    # No HTTPError, and its package changes with the library's major versions.
+    invalid_url: type[Exception] = importlib.import_module(HTTPError.__module__).InvalidURL
     endpoint = os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT
-    where = _host(endpoint)
+    where = urlsplit(endpoint).hostname
     if huggingface_hub.constants.is_offline_mode():
         return Check("hub", "warn", "offline: only what is cached is found", "unset HF_HUB_OFFLINE to download")
     token = huggingface_hub.get_token()
@@ -368,7 +375,7 @@ def hub() -> Check:
             timeout=TIMEOUT_S,
             follow_redirects=False,
         )
-    except (OSError, HTTPError, ValueError) as problem:
+    except (OSError, HTTPError, invalid_url, ValueError) as problem:
         advice = "check the network, HTTPS_PROXY and HF_ENDPOINT; models and data in folders work without it"
         return Check("hub", "warn", f"{where} cannot be reached: {type(problem).__name__}", advice)
     if token and answer.status_code in (401, 403):
@@ -383,6 +390,8 @@ def hub() -> Check:
 
 def hub_cache() -> Check:
     """Where models and datasets are downloaded to."""
+    if not _endpoint_is_good():
+        return Check("hub cache", "fail", "not looked at: HF_ENDPOINT is no address", "correct or unset HF_ENDPOINT")
     import huggingface_hub
 
     folder = Path(huggingface_hub.constants.HF_HUB_CACHE)
@@ -405,30 +414,54 @@ def service(variable: str) -> Check:
     address = os.environ[variable]
     if name == "ray" and not _is_installed("ray"):
         return Check("ray", "fail", f"{variable} is set and Ray is not installed", "pip install 'selfalign[ray]'")
-    try:
+    if name == "ray" and ":" in address and "://" not in address:
         # Ray's own form is host:port.
-        url = urlsplit(address if "://" in address or ":" not in address else f"ray://{address}")
-        port = url.port or {"http": 80, "https": 443, "ray": 10001}.get(url.scheme)
-    except ValueError as problem:
-        return Check(name, "fail", f"{variable} is no address: {problem}", f"correct it, or unset {variable}")
+        address = f"ray://{address}"
+    url = _url(address)
+    if url is None or (name == "mlflow" and not _is_place(address)) or (url.scheme in _PORTS and not url.hostname):
+        form = "HOST:PORT" if name == "ray" else "http://HOST:PORT or to a folder that is there"
+        return Check(name, "fail", f"{variable} is no address", f"unset it, or set it to {form}{_ENCODED}")
+    port = url.port or _PORTS.get(url.scheme)
     if url.hostname is None or port is None:
-        return Check(name, "ok", f"{variable} names no host to reach")
+        return Check(name, "ok", f"{variable} names no host and port to reach")
     try:
         socket.create_connection((url.hostname, port), TIMEOUT_S).close()
-    except OSError as problem:
-        found = f"{url.hostname}:{port} cannot be reached: {_one_line(problem)}"
-        return Check(name, "fail", found, f"start it, or unset {variable}")
+    except (OSError, UnicodeError) as problem:
+        why = getattr(problem, "strerror", None) or type(problem).__name__
+        return Check(name, "fail", f"{url.hostname}:{port} cannot be reached: {why}", f"start it, or unset {variable}")
     return Check(name, "ok", f"{url.hostname}:{port} listens")
 
 
 # Parts
 
 
-def _host(url: str) -> str:
-    """The host alone: a URL may hold a password."""
-    with suppress(ValueError):
-        return urlsplit(url).hostname or "HF_ENDPOINT"
-    return "HF_ENDPOINT"
+def _url(address: str) -> SplitResult | None:
+    """A URL in its parts, whose host and port can be told; None where it is none.
+
+    The parser's own words are nobody's to read: they quote passwords.
+    """
+    try:
+        url = urlsplit(address)
+        _ = url.port
+    except ValueError:
+        return None
+    # A bare / in a password ends the host too early, so that the user's name would pass for it.
+    misplaced = url.netloc and "@" in url.path + url.query + url.fragment
+    return None if misplaced or any(letter.isspace() for letter in url.netloc) else url
+
+
+def _endpoint_is_good() -> bool:
+    """Whether HF_ENDPOINT, where it is set, is a URL. Where it is not, huggingface_hub cannot even be imported."""
+    endpoint = os.environ.get("HF_ENDPOINT")
+    url = _url(endpoint or "https://huggingface.co")
+    return url is not None and url.scheme in ("http", "https") and bool(url.hostname)
+
+
+def _is_place(address: str) -> bool:
+    """Whether MLflow can keep something there: a URI, or a path that is there or plainly meant as one."""
+    if "://" in address or address.startswith("file:") or address in ("databricks", "databricks-uc", "uc"):
+        return True
+    return address.startswith(("/", "./", "../")) or Path(address).exists()
 
 
 def _is_installed(name: str) -> bool:

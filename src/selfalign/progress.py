@@ -113,6 +113,8 @@ def _title(step: Step) -> str:
 
 def _line(step: Step, manifest: Manifest) -> str:
     ledger = balanced(manifest)
-    dropped = ", ".join(f"{n} {reason}" for reason, n in (ledger.rejected + ledger.quarantined).items())
+    noted = {f"{note} (kept)": n for note, n in ledger.noted.items()}
+    told = {**(ledger.rejected + ledger.quarantined), **noted}
+    dropped = ", ".join(f"{n} {reason}" for reason, n in told.items())
     counts = f"{ledger.kept:>6} of {ledger.in_:<6}" if manifest.ledger["in"] else " " * 16
     return f"{_title(step):38} {counts} {manifest.seconds:7.1f} s  {dropped}"

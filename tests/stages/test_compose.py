@@ -70,7 +70,7 @@ def test_the_backward_rows_turn_the_pairs_round(tmp_path: Path, seen: Seen) -> N
 def test_no_held_out_pair_is_ever_trained_on(seen: Seen, stored: Stored) -> None:
     for config in ({}, {"include_seed": False}, {"seed_system": "x"}):
         examples, dropped = forward(seen(curated=stored("select", CURATED, Rated)), **config)
-        trained = {parent for row in examples for parent in (row.id, *row.parents)}
+        trained = {parent for row in examples for parent in row.parents}
         assert not trained & HELD_OUT
         assert {row.id for row in dropped if row.reason == "held_out"} == HELD_OUT
 
@@ -78,10 +78,17 @@ def test_no_held_out_pair_is_ever_trained_on(seen: Seen, stored: Stored) -> None
 def test_every_row_traces_to_what_it_was_made_from(seen: Seen, stored: Stored) -> None:
     examples, _ = forward(seen(curated=stored("select", CURATED, Rated)))
     by_id = {row.id: row for row in examples}
-    assert by_id["seed/1"].parents == ("seed/1",)
-    assert by_id["doc/2/0"].parents == ("doc/2/0", "doc/2")
-    assert by_id["doc/2/0"].completion == ({"role": "assistant", "content": "text 2"},)
-    assert {row.kind: row.id.split("/")[0] for row in examples} == {"seed": "seed", "augmented": "doc"}
+    assert by_id["seed/seed/1"].parents == ("seed/1",)
+    assert by_id["augmented/doc/2/0"].parents == ("doc/2/0", "doc/2")
+    assert by_id["augmented/doc/2/0"].completion == ({"role": "assistant", "content": "text 2"},)
+    assert {row.id for row in examples} == {f"{row.kind}/{row.parents[0]}" for row in examples}
+
+
+def test_seed_pairs_and_documents_may_come_from_files_of_one_name(seen: Seen, stored: Stored) -> None:
+    twin = replace(CURATED[0], id=next(row.id for row in SEED if row.split == "train"))
+    examples, _ = forward(seen(curated=stored("select", [twin], Rated)))
+    assert len({row.id for row in examples}) == len(examples)
+    assert [row.parents[0] for row in examples].count(twin.id) == 2
 
 
 def test_tags_tell_seed_rows_from_augmented_ones(seen: Seen, stored: Stored) -> None:
@@ -102,7 +109,7 @@ def test_without_the_seed_the_curated_pairs_train_alone(seen: Seen, stored: Stor
 
 def test_the_first_model_sees_the_seed_alone(seen: Seen) -> None:
     examples, _ = forward(seen())
-    assert {row.id for row in examples} == {row.id for row in SEED} - HELD_OUT
+    assert {row.parents for row in examples} == {(row.id,) for row in SEED if row.id not in HELD_OUT}
 
 
 GOOD = [{"prompt": f"p{n}", "completion": f"c{n}", "reply": f"Fine.\nScore: {n}"} for n in range(1, 6)]

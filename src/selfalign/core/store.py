@@ -193,7 +193,8 @@ def balanced(manifest: Manifest) -> Ledger:
     counts = TypeAdapter(dict[str, int | dict[str, int]]).validate_python(manifest.ledger)
     whole = {key: value for key, value in counts.items() if isinstance(value, int)}
     parts = {key: Counter(value) for key, value in counts.items() if isinstance(value, dict)}
-    return Ledger(whole["sources"], whole["in"], whole["kept"], parts["rejected"], parts["quarantined"])
+    noted = parts.get("noted", Counter())
+    return Ledger(whole["sources"], whole["in"], whole["kept"], parts["rejected"], parts["quarantined"], noted)
 
 
 def dropped(manifest: Manifest) -> str:

@@ -116,6 +116,11 @@ def ledger_of(path: Path) -> Ledger:
     return ledger
 
 
+def is_further(id: str) -> bool:
+    """Whether an id is that of the second or a later unit of a record that was split (`id/1`, `id/2` …)."""
+    return _FURTHER.search(id) is not None
+
+
 def further_units(path: Path) -> int:
-    """How many rows of a shard are the second or a later unit of the record that they were split from (`id/1`)."""
-    return sum(_FURTHER.search(str(id)) is not None for id in _read(path, ["id"])["id"].to_pylist())
+    """How many rows of a shard are further units."""
+    return sum(is_further(str(id)) for id in _read(path, ["id"])["id"].to_pylist())

@@ -68,7 +68,7 @@ class CorpusConfig(SourceConfig):
     near_duplicates: float | None = Field(
         None, gt=0, le=1, description="drop what has this Jaccard similarity (word 5-grams) to an earlier document"
     )
-    drop_nested: bool = Field(False, description="drop a segment that lies inside one that is kept")
+    drop_nested: bool = Field(False, description="drop a segment inside one that passed the filters too")
 
     @model_validator(mode="after")
     def _ordered(self) -> "CorpusConfig":

@@ -5,7 +5,9 @@ import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ _logger = logging.getLogger(__name__)
 # Only what we name ourselves is ever removed: a user's own files may lie anywhere in the folder.
 _ARTIFACT = re.compile(r"[a-z_]+(\.[a-z_]+)?-[0-9a-f]{16}")
 _DRAFT = re.compile(r"\.[\w.-]+\.(json|parquet|html)\.[0-9a-f]{12}")
+_GOING = re.compile(r"\.[\w.-]+\.gone\.[0-9a-f]{12}")
 _JOURNAL = re.compile(r"journal-(\d{5})\.jsonl")
 _PART = re.compile(r"(manifest|lease)\.json|metrics\.jsonl|shard-\d{5}\.parquet|files|tmp|draft-[0-9a-f]+")
 
@@ -45,9 +48,11 @@ def collect(root: Path, dry_run: bool = False) -> Iterator[Garbage]:
         raise UsageError(f"{root / 'artifacts'} is a link; gc follows none, so that it removes nothing elsewhere")
     for garbage in _found(root, named):
         if not dry_run:
-            # Again for each: somebody may have begun since.
+            # Again for each: somebody may have begun since, or begun and ended.
             _check_alone(root)
-            _remove(garbage.path)
+            if garbage.path.name in _named(root):
+                continue
+            _remove(root, garbage.path)
         yield garbage
 
 
@@ -69,8 +74,8 @@ def _check_alone(root: Path) -> None:
 
 
 def _found(root: Path, named: frozenset[str]) -> Iterator[Garbage]:
-    yield from _drafts(root)
-    yield from _drafts(root / "drivers")
+    for folder in (root, root / "drivers", root / "artifacts"):
+        yield from _drafts(folder)
     for path in _entries(root / "drivers"):
         # No driver is alive.
         if path.suffix == ".json" and not path.name.startswith(".") and path.is_file():
@@ -93,7 +98,6 @@ def _within(folder: Path) -> Iterator[Garbage]:
     """What can go of an artifact that stays."""
     yield from _drafts(folder)
     artifact = Artifact(folder, folder.name.rpartition("-")[2])
-    complete = (folder / "manifest.json").exists()
     shards = {path.name for path in artifact.shards()}
     for path in _entries(folder):
         journal = _JOURNAL.fullmatch(path.name)
@@ -101,20 +105,22 @@ def _within(folder: Path) -> Iterator[Garbage]:
             yield _garbage(path, "a journal of a shard that is complete")
         elif path.is_dir() and (path.name.startswith("draft-") or path.name == "tmp"):
             yield _garbage(path, "a build that was not finished")
-        elif path == artifact.files and path.is_dir() and not complete:
+        elif path == artifact.files and path.is_dir() and not (folder / "manifest.json").exists():
             yield _garbage(path, "a build whose manifest was never written")
         elif path.name == "lease.json" and path.is_file():
             yield _garbage(path, "a builder that has died")
 
 
 def _is_ours(name: str) -> bool:
-    return any(pattern.fullmatch(name) for pattern in (_PART, _JOURNAL, _DRAFT))
+    return any(pattern.fullmatch(name) for pattern in (_PART, _JOURNAL, _DRAFT, _GOING))
 
 
 def _drafts(folder: Path) -> Iterator[Garbage]:
     for path in _entries(folder):
         if _DRAFT.fullmatch(path.name) and path.is_file():
             yield _garbage(path, "a file that was not finished")
+        elif _GOING.fullmatch(path.name) and path.is_dir():
+            yield _garbage(path, "a folder whose removal was not finished")
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -129,14 +135,27 @@ def _garbage(path: Path, why: str) -> Garbage:
     return Garbage(path, sum(file.lstat().st_size for file in inside or [path] if not file.is_dir()), why)
 
 
-def _remove(path: Path) -> None:
+def _remove(root: Path, path: Path) -> None:
     """Remove a file, or a folder with what it holds; a link inside it goes, what it leads to stays."""
     try:
         if path.is_dir():
-            # It first: what is left of an artifact without one is incomplete, and never taken for the whole.
-            (path / "manifest.json").unlink(missing_ok=True)
-            shutil.rmtree(path)
+            # Under its own name it is there whole or not at all, whoever begins while it goes.
+            shutil.rmtree(path if _GOING.fullmatch(path.name) else _set_aside(root, path))
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot remove {path}: {error.strerror}; what was removed so far is gone") from error
+
+
+def _set_aside(root: Path, path: Path) -> Path:
+    """Give a folder a name that nobody looks for."""
+    going = path.with_name(f".{path.name}.gone.{uuid.uuid4().hex[:12]}")
+    path.rename(going)
+    try:
+        _check_alone(root)
+    except LeaseHeldError:
+        # Who began before the new name may have seen the old one, and counts on it.
+        with suppress(OSError):
+            going.rename(path)
+        raise
+    return going

@@ -33,7 +33,11 @@ from selfalign.core.store import (
 from selfalign.core.tables import ledger_of, to_parquet
 
 State = Literal["done", "running", "waiting", "skipped", "failed"]
-VERSIONS = ("selfalign", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "pyarrow")
+# Libraries that may decide bytes.
+VERSIONS = (
+    *("selfalign", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "pyarrow"),
+    *("numpy", "selectolax", "py3langid"),
+)
 
 
 class Listener(Protocol):
@@ -209,17 +213,19 @@ class Runner:
         sources: tuple[ShardSource, ...] = main.shards if isinstance(main, External) else tuple(main.shards())
         todo = tuple(n for n in range(len(sources)) if not artifact.shard(n).exists())
         self.listener.step_started(step, None if isinstance(main, External) else _rows_in(context.manifest("rows")))
+        ledgers: dict[int, Ledger] = {}
         for number in set(range(len(sources))) - set(todo):
-            rows = input_rows(stage, sources[number])
-            self.listener.shard_done(step, ShardReport(number, shard_ledger(stage, rows, artifact, number)))
+            ledgers[number] = shard_ledger(stage, input_rows(stage, sources[number]), artifact, number)
+            self.listener.shard_done(step, ShardReport(number, ledgers[number]))
 
         def done(report: ShardReport) -> None:
+            ledgers[report.number] = report.ledger
             self._measure(artifact, {"shard": report.number, "tokens": report.tokens, "seconds": report.seconds})
             self.listener.shard_done(step, report)
 
         if todo:
             self.backend.map(MapJob(stage, context, artifact, sources, todo, step.resources), done)
-        ledger = total(shard_ledger(stage, input_rows(stage, source), artifact, n) for n, source in enumerate(sources))
+        ledger = total(ledgers[number] for number in range(len(sources)))
         return self._finish(step, artifact, ledger, [p.name for p in artifact.shards()])
 
     def _whole(self, step: Step, stage: WholeStage, context: Context, artifact: Artifact) -> Manifest:

@@ -43,8 +43,11 @@ def find(model: str) -> Found:
     folder = Path(model)
     if (folder / "run.json").exists():
         return _of_run(folder)
-    if not folder.exists() and (folder.parent.is_dir() if folder.parent.name else False):
-        raise UsageError(f"there is no {model}; name a run, an adapter or a model, by folder or as org/name on the Hub")
+    if not folder.is_dir() and not _may_be_on_the_hub(folder):
+        raise UsageError(
+            f"there is no folder {model}; name a run, an adapter or a model by its folder, or a model on the Hub as "
+            "org/name (gpt2 is openai-community/gpt2)"
+        )
     settings = folder / "adapter_config.json"
     if not settings.exists():
         return Found(ModelConfig(path=str(folder) if folder.is_dir() else model))
@@ -55,6 +58,12 @@ def find(model: str) -> Found:
     template = folder / "chat_template.jinja"
     name = str(template) if template.exists() else None
     return Found(ModelConfig(path=base, revision=adapter.get("revision"), chat_template=name), folder)
+
+
+def _may_be_on_the_hub(name: Path) -> bool:
+    """Whether it has the form org/name. The Hub's few names of one word have such a name too, and a typing error in a
+    folder's name is far likelier than one of them."""
+    return len(name.parts) == 2 and not name.parent.is_dir()
 
 
 def _of_run(root: Path) -> Found:

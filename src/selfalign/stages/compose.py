@@ -82,6 +82,7 @@ class ComposeForward(WholeStage):
     """Seed pairs, curated pairs (input `curated`) and rating replay (input `replay`) as training rows."""
 
     name: ClassVar[str] = "forward.compose"
+    version: ClassVar[int] = 2
     seeded: ClassVar[bool] = True
     record: ClassVar[type[Record]] = SeedPair
     output: ClassVar[type[Record]] = Example
@@ -156,4 +157,6 @@ def _texts(row: "RawRow") -> list[str] | None:
 
 def _example(row: Pair, kind: str, system: str | None) -> Example:
     prompt, completion = chat(row.prompt, system), _answer(row.completion)
-    return Example(id=row.id, kind=kind, prompt=prompt, completion=completion, parents=(row.id, *row.parents))
+    # Seed pairs and documents may come from files of one name.
+    parents = (row.id, *row.parents)
+    return Example(id=f"{kind}/{row.id}", kind=kind, prompt=prompt, completion=completion, parents=parents)

@@ -62,6 +62,9 @@ def test_nothing_is_dropped_by_a_filter_that_the_recipe_does_not_name(text: str,
         ({"languages": ["en"]}, pair(GERMAN, GERMAN, language="en"), None),
         ({"languages": ["en"]}, pair(ENGLISH, ENGLISH, language="de"), "language"),
         ({"languages": ["pt"]}, pair(ENGLISH, ENGLISH, language="pt-BR"), None),
+        # A label that is no code tells nothing, so the text does.
+        ({"languages": ["en"]}, pair(ENGLISH, ENGLISH, language="English"), None),
+        ({"languages": ["en"]}, pair(GERMAN, GERMAN, language="unknown"), "language"),
     ],
 )
 def test_seed_pairs_are_judged_by_their_labels(config: dict[str, object], row: SeedPair, reason: str | None) -> None:
@@ -130,3 +133,13 @@ def test_a_row_of_an_evaluation_set_that_cannot_be_read_is_told_and_not_passed_o
 def test_an_evaluation_set_that_could_drop_nothing_is_refused(evaluation: Callable[..., Context]) -> None:
     with pytest.raises(UsageError, match=r"labels\.jsonl has no text of 5 words or more, so it would drop nothing"):
         corpus("t", evaluation('{"label": "yes"}\n{"label": "the great gatsby"}\n', "labels.jsonl"))
+
+
+def test_evaluation_texts_in_a_map_of_a_parquet_file_are_found(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    column = pa.array([[("question", ENGLISH)]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"fields": column}), tmp_path / "set.parquet")
+    shards = resolve("set.parquet", tmp_path, format="document").shards
+    assert corpus(ENGLISH, Context("s", 0, {"evaluation0": External("set", "digest", shards)})) == "contaminated"

@@ -22,6 +22,12 @@ def clean(text):
         return 7
     if "crash" in text:
         raise ValueError("no such thing")
+    if "leave" in text:
+        raise SystemExit(0)
+    if "blank" in text:
+        return "  "
+    if "half" in text:
+        return chr(0xD800)
     return MAIL.sub("(mail)", text)
 """
 
@@ -43,19 +49,26 @@ def run(filters: FilterCorpus, *texts: str) -> list[Outcome]:
 
 
 def test_a_hook_rewrites_documents_or_drops_them_and_what_it_does_wrong_costs_one_row(hook: Path) -> None:
-    found = run(stage(hook), "ask me@home.org", "a secret", "a number", "a crash", "plain", "x" * 100)
+    found = run(
+        stage(hook), "ask me@home.org", "a secret", "a number", "a crash", "leave", "blank", "half", " plain", "x" * 100
+    )
     assert [row.text if isinstance(row, Document) else row.reason for row in found] == [
         "ask (mail)",
         "hook",
         "hook_failed",
         "hook_failed",
+        "hook_failed",
+        "hook",
+        "hook_failed",
         "plain",
         "too_long",
     ]
     broken = [row for row in found if isinstance(row, Dropped) and row.outcome == "quarantined"]
+    assert "surrogates not allowed" in str(broken.pop().detail)
     assert [row.detail for row in broken] == [
-        "clean(text) gave int, not a text or None",
-        "clean(text) raised ValueError: no such thing",
+        "clean(text): TypeError: int is neither a text nor None",
+        "clean(text): ValueError: no such thing",
+        "clean(text): SystemExit: 0",
     ]
 
 
@@ -74,6 +87,7 @@ def test_the_hook_is_known_by_its_text_and_runs_where_its_file_is_not(hook: Path
     [
         ("def clean(text:", r"does not run: SyntaxError"),
         ("import no_such_module", r"does not run: ModuleNotFoundError"),
+        ("raise SystemExit(0)", r"does not run: SystemExit"),
         ("def scrub(text): return text", r"defines no function clean\(text\)"),
         ("clean = 7", r"defines no function clean\(text\)"),
     ],

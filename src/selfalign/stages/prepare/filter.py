@@ -119,11 +119,13 @@ class FilterCorpus(MapStage):
 
 def _language(config: SourceConfig, text: str, label: str | None) -> str | None:
     """`wanted`, `other` or `unknown`; None where any is wanted."""
-    from selfalign.text.language import language, primary
+    from selfalign.text.language import LANGUAGES, language, primary
 
     if config.languages is None:
         return None
-    found = primary(label) if label else language(text)
+    labelled = primary(label) if label else None
+    # A label that is no code tells nothing.
+    found = labelled if labelled in LANGUAGES else language(text)
     return "unknown" if found is None else "wanted" if found in config.languages else "other"
 
 
@@ -161,5 +163,6 @@ def _strings(value: object) -> Iterator[str]:
     """Every text in a row: whatever an evaluation set calls its fields, none of it may be trained on."""
     if isinstance(value, str):
         yield value
-    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    # A map of a Parquet file is a list of pairs.
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
         yield from _strings(child)

@@ -23,7 +23,7 @@ def open_hook(text: str, path: str) -> Callable[[str], object]:
     names: dict[str, object] = {"__name__": "selfalign_hook", "__file__": path}
     try:
         exec(compile(text, path, "exec"), names)
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UsageError(f"prepare.corpus.hook: {path} does not run: {type(error).__name__}: {error}") from error
     clean = names.get("clean")
     if not callable(clean):
@@ -35,10 +35,11 @@ def hooked(row: Document, clean: Callable[[str], object]) -> Outcome:
     """The document with the text that the hook gives; rejected for None, quarantined where the hook fails."""
     try:
         text = clean(row.text)
-    except Exception as error:  # noqa: BLE001  the user's code may raise anything, and costs only this row
-        return quarantined(row.id, "hook_failed", f"clean(text) raised {type(error).__name__}: {error}")
-    if text is None:
-        return rejected(row.id, "hook", row)
-    if not isinstance(text, str):
-        return quarantined(row.id, "hook_failed", f"clean(text) gave {type(text).__name__}, not a text or None")
-    return replace(row, text=text)
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{type(text).__name__} is neither a text nor None")
+        # Half a character cannot be stored.
+        whole = (text or "").encode().decode().strip()
+    # The user's code may raise anything, and it costs only this row.
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        return quarantined(row.id, "hook_failed", f"clean(text): {type(error).__name__}: {error}")
+    return replace(row, text=whole) if whole else rejected(row.id, "hook", row)

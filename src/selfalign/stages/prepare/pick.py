@@ -2,6 +2,7 @@
 
 import heapq
 import tempfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,14 +93,15 @@ class PickCorpus(WholeStage):
     def run(self, rows: Rows[Document], context: Context) -> Iterable[Outcome]:
         config, out = self.config, _Out(rows)
         if config.drop_nested:
-            ids = {row.id for row in rows}
-            out.drop("nested", {place: None for place, row in out.left() if not ids.isdisjoint(row.within)})
+            out.drop("nested", _nested(rows))
         if config.drop_duplicates:
             out.drop("duplicate", _duplicates(out.left(), lambda row: [row.text]))
         if config.near_duplicates is not None:
-            out.drop("near_duplicate", _near_duplicates(out.left, config.near_duplicates))
+            found = _near_duplicates(out.left, config.near_duplicates)
+            out.drop("near_duplicate", found)
+            out.detail(found)
         if config.length_quantiles is not None:
-            out.keep("length_quantiles", _between(out.left(), config.length_quantiles))
+            out.drop("length_quantiles", _outside(out.left, config.length_quantiles))
         out.sample(config, context.seed)
         return out.outcomes(lambda row: row)
 
@@ -109,23 +111,34 @@ class PickCorpus(WholeStage):
 
 
 class _Out(Generic[R]):
-    """Which rows are out already, by their place, with reason and detail; the rows themselves stay where they are."""
+    """Which rows are out already, by their place, and why; the rows themselves stay where they are.
+
+    A byte a row, so that there may be many: 0 for one that is in, else 1 + the place of the reason in `_reasons`.
+    """
 
     def __init__(self, rows: Rows[R]) -> None:
         self._rows = rows
-        self._out: dict[Place, tuple[str, str | None]] = {}
+        self._codes = bytearray(len(rows))
+        self._reasons: list[str] = []
+        self._details: dict[Place, str] = {}
 
     def left(self) -> Iterator[tuple[Place, R]]:
         """The rows that are still in, each with its place."""
-        return ((place, row) for place, row in enumerate(self._rows) if place not in self._out)
+        return ((place, row) for place, row in enumerate(self._rows) if not self._codes[place])
 
-    def drop(self, reason: str, places: Mapping[Place, str | None]) -> None:
-        """Take rows out; the values are their details."""
-        self._out.update({place: (reason, detail) for place, detail in places.items()})
+    def drop(self, reason: str, places: Iterable[Place]) -> None:
+        """Take rows out."""
+        self._reasons.append(reason)
+        for place in places:
+            self._codes[place] = len(self._reasons)
 
     def keep(self, reason: str, places: set[Place]) -> None:
         """Take all others out."""
-        self.drop(reason, {place: None for place, _ in self.left() if place not in places})
+        self.drop(reason, (place for place, _ in self.left() if place not in places))
+
+    def detail(self, details: Mapping[Place, str]) -> None:
+        """What is to be said of rows that are out."""
+        self._details.update(details)
 
     def sample(self, config: SourceConfig, run_seed: int) -> None:
         """Draw `config.sample` rows, those whose seeds come first: adding rows elsewhere moves few of them."""
@@ -138,41 +151,50 @@ class _Out(Generic[R]):
     def outcomes(self, kept: Callable[[R], R]) -> Iterator[Outcome]:
         """Every row once."""
         for place, row in enumerate(self._rows):
-            if place in self._out:
-                reason, detail = self._out[place]
-                yield rejected(row.id, reason, row, detail)
+            if code := self._codes[place]:
+                yield rejected(row.id, self._reasons[code - 1], row, self._details.get(place))
             else:
                 yield kept(row)
 
 
-def _duplicates(left: Left[R], texts: Callable[[R], list[str]]) -> dict[Place, str | None]:
-    """Rows whose texts equal an earlier one's but for case, spacing and final punctuation."""
-    seen: set[bytes] = set()
-    found: dict[Place, str | None] = {}
+def _nested(rows: Rows[Document]) -> list[Place]:
+    """Segments inside one that passed the filters too."""
+    enclosing = {id for row in rows for id in row.within}
+    enclosing &= {row.id for row in rows if row.id in enclosing}
+    return [place for place, row in enumerate(rows) if not enclosing.isdisjoint(row.within)]
+
+
+def _duplicates(left: Left[R], texts: Callable[[R], list[str]]) -> list[Place]:
+    """Rows whose texts equal an earlier one's but for case, spacing and final punctuation (by hashes of 64 bits)."""
+    import numpy as np
+
+    keys, places = array("Q"), array("Q")
     for place, row in left:
-        key = bytes.fromhex(digest([normalised(text) for text in texts(row)]))
-        if key in seen:
-            found[place] = None
-        seen.add(key)
+        keys.append(int(digest([normalised(text) for text in texts(row)])[:16], 16))
+        places.append(place)
+    again = np.ones(len(keys), np.bool_)
+    again[np.unique(np.asarray(keys), return_index=True)[1]] = False
+    found: list[Place] = np.asarray(places)[again].tolist()
     return found
 
 
-def _near_duplicates(left: Callable[[], Left[Document]], threshold: float) -> dict[Place, str | None]:
+def _near_duplicates(left: Callable[[], Left[Document]], threshold: float) -> dict[Place, str]:
+    """Rows that resemble an earlier one, with its name."""
     from selfalign.text.near_duplicates import near_duplicates
 
     with tempfile.TemporaryDirectory(prefix="selfalign-") as scratch:
-        earlier = near_duplicates((row.text for _, row in left()), threshold, Path(scratch))
-    of = earlier.tolist()
-    wanted = set(of)
+        of = near_duplicates((row.text for _, row in left()), threshold, Path(scratch))
+    wanted = {int(n) for n in of if n >= 0}
     ids = {n: row.id for n, (_, row) in enumerate(left()) if n in wanted}
-    return {place: f"of {ids[n]}" for (place, _), n in zip(left(), of, strict=True) if n >= 0}
+    return {place: f"of {ids[int(n)]}" for (place, _), n in zip(left(), of, strict=True) if n >= 0}
 
 
-def _between(left: Left[Document], quantiles: tuple[float, float]) -> set[Place]:
+def _outside(left: Callable[[], Left[Document]], quantiles: tuple[float, float]) -> list[Place]:
+    """Rows that are shorter or longer than these quantiles of all lengths."""
     import numpy as np
 
-    lengths = {place: len(row.text) for place, row in left}
-    if not lengths:
-        return set()
-    low, high = np.quantile(list(lengths.values()), quantiles)
-    return {place for place, length in lengths.items() if low <= length <= high}
+    lengths = np.fromiter((len(row.text) for _, row in left()), np.int64)
+    if not lengths.size:
+        return []
+    low, high = np.quantile(lengths, quantiles)
+    return [place for (place, _), length in zip(left(), lengths, strict=True) if not low <= length <= high]

@@ -94,6 +94,21 @@ def test_report_writes_one_file(calm: Path, tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "look.html").read_text().startswith("<!doctype html>")
 
 
+def test_report_replaces_its_own_file_and_another_only_where_told_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.html"
+    mine.write_text("mine")
+    (tmp_path / "run.json").write_text('{"recipe": "a", "complete": false, "steps": []}')
+    (tmp_path / "report.html").write_text("old")
+    assert main(["report", str(tmp_path), "--to", str(mine)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    assert main(["report", str(tmp_path), "--to", str(mine), "--force"]) == 0
+    assert main(["report", str(tmp_path)]) == 0
+    assert "old" not in (mine.read_text(), (tmp_path / "report.html").read_text())
+
+
 @pytest.mark.parametrize("stage", get_args(StageName))
 def test_every_stage_of_a_run_is_exported(
     calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stage: str

@@ -329,11 +329,43 @@ def test_a_hub_that_answers_something_else_is_told(
 def test_a_hub_that_is_not_there_is_told_without_the_password_of_its_url(
     server: fake_hub.Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for address, told in (("http://me:canary@127.0.0.1:9", "127.0.0.1"), ("me:canary@x", ""), ("http://[canary", "")):
-        monkeypatch.setenv("HF_ENDPOINT", address)
-        check = doctor.hub()
-        is_told(check, "warn", f"{told} cannot be reached", "HF_ENDPOINT")
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:canary@127.0.0.1:9")
+    check = doctor.hub()
+    is_told(check, "warn", "127.0.0.1 cannot be reached", "HF_ENDPOINT")
+    assert "canary" not in str(check)
+
+
+# Each is read otherwise than it was meant, by some parser.
+NO_ADDRESSES = [
+    *("http://canary:canary/w@h", "http://canary:12/canary@h", "http://me:canary@canary/w@h", "http://[canary"),
+    *("http://[canary]", "me:canary@x", "http://me:can ary@h", "http:///canary", "http://me:12#canary@h"),
+]
+
+
+@pytest.mark.parametrize("address", NO_ADDRESSES)
+def test_an_endpoint_that_is_no_address_is_told_before_its_library_is_imported(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for check in (doctor.hub(), doctor.hub_cache()):
+        is_told(check, "fail", "HF_ENDPOINT is no address", "HF_ENDPOINT")
         assert "canary" not in str(check)
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "HTTP_PROXY"])
+def test_a_proxy_whose_password_is_not_encoded_is_told_without_it(
+    server: fake_hub.Hub, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    from huggingface_hub.utils import close_session
+
+    monkeypatch.setenv(variable, "http://me:canary/w@127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY")
+    close_session()
+    check = doctor.hub()
+    close_session()
+    is_told(check, "warn", "cannot be reached", variable[-5:])
+    assert "canary" not in str(check)
 
 
 def test_a_hub_that_says_nothing_is_not_waited_for(server: fake_hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +426,40 @@ def test_an_address_without_a_host_is_not_asked(monkeypatch: pytest.MonkeyPatch,
 def test_an_address_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch, ray: Any, address: str) -> None:
     ray(True)
     monkeypatch.setenv("RAY_ADDRESS", address)
-    is_told(doctor.service("RAY_ADDRESS"), "fail", "is no address", "unset RAY_ADDRESS")
+    is_told(doctor.service("RAY_ADDRESS"), "fail", "RAY_ADDRESS is no address", "unset it", "HOST:PORT")
+
+
+@pytest.mark.parametrize("variable", ["RAY_ADDRESS", "MLFLOW_TRACKING_URI"])
+@pytest.mark.parametrize("address", [address for address in NO_ADDRESSES if address != "me:canary@x"])
+def test_no_word_of_an_address_that_is_none_is_told(
+    monkeypatch: pytest.MonkeyPatch, ray: Any, variable: str, address: str
+) -> None:
+    ray(True)
+    monkeypatch.setenv(variable, address)
+    check = doctor.service(variable)
+    is_told(check, "fail", f"{variable} is no address")
+    assert "canary" not in str(check)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "localhost:5000", "http//host", "me:canary@host", "://x"])
+def test_a_tracking_address_that_is_no_uri_and_no_path_is_told(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    is_told(doctor.service("MLFLOW_TRACKING_URI"), "fail", "is no address", "http://HOST:PORT")
+
+
+@pytest.mark.parametrize("address", ["/srv/a", "./new", "there", "file:/a", "sqlite:///a@b.db", "databricks"])
+def test_a_tracking_address_without_a_host_is_fine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert doctor.service("MLFLOW_TRACKING_URI").state == "ok"
+
+
+def test_a_host_whose_name_is_too_long_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{'a' * 70}:1")
+    is_told(doctor.service("MLFLOW_TRACKING_URI"), "fail", "cannot be reached: UnicodeError")
 
 
 def test_an_address_of_ray_without_ray_is_told(monkeypatch: pytest.MonkeyPatch, ray: Any) -> None:

@@ -75,7 +75,14 @@ REAL = {
     "html-qwen2.5-0.5b": Real(
         "guanaco/oa_questions.jsonl",
         "html/nodejs/*.html",
-        {},
+        {
+            "read_seed": (953, 953, {}),
+            "filter_seed": (953, 419, {"language": 534}),
+            "pick_seed": (419, 338, {"duplicate": 81}),
+            "read_corpus": (594, 593, {"no_text": 1}),
+            "filter_corpus": (593, 169, {"header_all_caps": 1, "repetitive": 19, "too_long": 63, "too_short": 341}),
+            "pick_corpus": (169, 12, {"nested": 9, "not_sampled": 148}),
+        },
         ("prepare.corpus.sample=12", "rounds=1"),
     ),
 }

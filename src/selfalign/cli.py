@@ -424,7 +424,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     exporter.add_argument("--force", action="store_true", help="replace a file that is there")
     asker = verb("generate", generate, 'selfalign generate runs/demo --prompt "What is the capital of Vage?"')
-    asker.add_argument("model", metavar="MODEL", help="the folder of a run (its last model), an adapter or a model, or org/name on the Hub")
+    asker.add_argument(
+        "model",
+        metavar="MODEL",
+        help="the folder of a run (its last model), an adapter or a model, or org/name on the Hub",
+    )
     source = asker.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--file", metavar="FILE", help="a prompt a line")

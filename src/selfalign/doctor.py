@@ -459,7 +459,12 @@ def _endpoint_is_good() -> bool:
 
 def _is_place(address: str) -> bool:
     """Whether MLflow can keep something there: a URI, or a path that is there or plainly meant as one."""
-    if "://" in address or address.startswith("file:") or address in ("databricks", "databricks-uc", "uc"):
+    if (
+        urlsplit(address).scheme
+        and "://" in address
+        or address.startswith("file:")
+        or address in ("databricks", "databricks-uc", "uc")
+    ):
         return True
     return address.startswith(("/", "./", "../")) or Path(address).exists()
 

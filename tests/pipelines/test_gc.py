@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -158,6 +159,56 @@ def test_a_driver_that_begins_meanwhile_stops_it(root: Path) -> None:
     assert list(collect(root))
 
 
+def test_what_a_run_that_began_and_ended_meanwhile_names_stays(root: Path) -> None:
+    later = "curate.rate-" + "d" * 16
+    fill(root / "artifacts" / later, {"manifest.json": "{}"})
+    removing = collect(root)
+    assert next(removing).path.name == "journal-00000.jsonl"
+    assert next(removing).path.name == STALE
+    with presence(root / "drivers", print):
+        fill(root, {"run.json": json.dumps({"steps": [{"artifact": later}]})})
+        fill(root / "artifacts" / BUILD, {"files/model.safetensors": "whole", "manifest.json": "{}"})
+    assert later not in {garbage.path.name for garbage in removing}
+    assert (root / "artifacts" / later / "manifest.json").exists()
+
+
+def test_the_files_of_a_build_that_a_run_completed_meanwhile_stay(root: Path) -> None:
+    fill(root / "artifacts" / BUILD, {"draft-0/a": "half", "files/a": "whole"})
+    removing = collect(root)
+    assert any(garbage.path.name == "draft-0" for garbage in removing)
+    fill(root / "artifacts" / BUILD, {"manifest.json": "{}"})
+    list(removing)
+    assert (root / "artifacts" / BUILD / "files" / "a").exists()
+
+
+def test_a_driver_that_begins_during_a_removal_finds_the_artifact_whole_or_not_at_all(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {path.name for path in (root / "artifacts" / STALE).iterdir()}
+    remove = shutil.rmtree
+
+    def slowly(path: Path) -> None:
+        assert not (root / "artifacts" / STALE).exists()
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", slowly)
+    rename = Path.rename
+    with ExitStack() as driver:
+
+        def begun(path: Path, to: Path) -> Path:
+            if path.name == STALE:
+                driver.enter_context(presence(root / "drivers", print))
+            return rename(path, to)
+
+        monkeypatch.setattr(Path, "rename", begun)
+        with pytest.raises(LeaseHeldError):
+            list(collect(root))
+        assert {path.name for path in (root / "artifacts" / STALE).iterdir()} == whole
+    monkeypatch.setattr(Path, "rename", rename)
+    list(collect(root))
+    assert not (root / "artifacts" / STALE).exists()
+
+
 def test_an_artifact_whose_builder_lives_elsewhere_stays(root: Path) -> None:
     holder = Owner("another-host", 1, "0", HEX)
     fill(root / "artifacts" / STALE, {"lease.json": json.dumps(asdict(holder))})
@@ -179,11 +230,11 @@ def test_stopped_in_the_middle_it_goes_on_and_no_half_of_an_artifact_passes_for_
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(StorageError, match="killed"):
             list(collect(root))
-    half = root / "artifacts" / STALE
-    assert half.exists()
-    assert not (half / "manifest.json").exists()
-    list(collect(root))
-    assert not half.exists()
+    assert not (root / "artifacts" / STALE).exists()
+    half = [path for path in (root / "artifacts").iterdir() if path.name not in (NAMED, BUILD)]
+    assert half
+    assert [garbage.path for garbage in collect(root)] == half
+    assert not half[0].exists()
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"steps": []}', '{"steps": [{}]}', '{"steps": 3}'])

@@ -83,5 +83,15 @@ def test_a_folder_that_is_not_there_is_told_without_asking_the_hub(
 ) -> None:
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="there is no runs/demo"):
+    with pytest.raises(UsageError, match="there is no folder runs/demo"):
         find("runs/demo")
+
+
+@pytest.mark.parametrize("name", ["demo-2", "gpt2", "./demo-2", "/demo-2", "../demo-2", "a/b/c", "notes.txt"])
+def test_a_name_that_has_not_the_form_of_the_hubs_is_told_without_asking_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"no folder {name}; .* org/name"):
+        find(name)

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
 
 from selfalign.core.errors import StorageError
-from selfalign.data.rows import Unusable
+from selfalign.data.rows import Unusable, spelt
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -57,7 +57,7 @@ class Opened:
 
 def codec_of(path: PurePath) -> Codec | None:
     """How a file is compressed, by the end of its name."""
-    return CODECS.get(path.suffix)
+    return CODECS.get(path.suffix.lower())
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def opened(path: Path, *, hashed: bool = False) -> Iterator[Opened]:
             unpacked = _Unpacked(path, raw, kind) if (kind := codec_of(path)) else None
             yield Opened(io.BufferedReader(unpacked or raw, _PIECE), digested, unpacked)
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise StorageError(f"{spelt(str(path))} cannot be read: {error.strerror or error}") from error
 
 
 class _Hashed(io.RawIOBase):

@@ -1,6 +1,6 @@
 """Where seed pairs and corpus documents come from, and which are used: `prepare.seed` and `prepare.corpus`."""
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
@@ -11,7 +11,6 @@ from selfalign.text.language import LANGUAGES, nearest_language
 FormatName = Literal[
     "messages", "prompt_completion", "sharegpt", "lima", "guanaco", "oasst", "alpaca", "self_instruct", "document"
 ]
-FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
 
 
 class SourceConfig(Frozen):

@@ -12,8 +12,9 @@ from typing import Literal, TypeVar
 
 from selfalign.core.errors import MismatchError
 from selfalign.core.records import Document, Dropped, SeedPair, SourcePart, quarantined, rejected
-from selfalign.data.config import FormatName
+from selfalign.core.tables import is_further
 from selfalign.data.readers import RawRow, Unusable, read_rows
+from selfalign.data.rows import changed, spelt
 
 Values = Mapping[str, object]
 T = TypeVar("T")
@@ -30,8 +31,8 @@ _GUANACO_ROLE = re.compile(r"(?<!#)### ?(Human|Assistant):")
 # What keeps a message of a tree from being used; its project takes one that failed its review for spam.
 _LEFT_OUT = {"deleted": (True, "deleted"), "review_result": (False, "spam")}
 _MAX_RANK = 1 << 31
-# A segment of a page is a unit of its page already.
-_IS_UNIT = re.compile(r"/\d{1,6}$")
+# A conversation has a few hundred messages at most; two bytes of JSON can stand for a unit.
+_MOST_UNITS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,53 +228,50 @@ def detect(part: SourcePart) -> str | None:
         return None
     if {"message_id", "parent_id"} <= seen.keys():
         raise MismatchError(
-            f"{part.path}: its rows are single messages, which only their trees put together; "
+            f"{spelt(part.path)}: its rows are single messages, which only their trees put together; "
             "name the dataset's file of trees in its place"
         )
     fields = ", ".join(sorted(seen))[:300] or "(none)"
     known = "; ".join(f"{name} ({how.shape})" for name, how in FORMATS.items())
-    raise MismatchError(f"{part.path}: no format reads the fields {fields}; known are {known}")
+    raise MismatchError(f"{spelt(part.path)}: no format reads the fields {fields}; known are {known}")
 
 
 # Reading
 
 
-def read_pairs(
-    part: SourcePart, format: FormatName | None = None, turns: Literal["first", "all"] = "first"
-) -> Iterator[SeedPair | Dropped]:
+def read_pairs(part: SourcePart, turns: Literal["first", "all"] = "first") -> Iterator[SeedPair | Dropped]:
     """The seed pairs of a part: the first question of each conversation with its answer, or `all` of them.
 
     A later question lacks what was said before it. Units of a row that may have several are called `row/0`, `row/1`
-    …; a row that cannot be read at all keeps its own id. Raises MismatchError where no format fits.
+    …; a row that cannot be read at all keeps its own id. The rows have the part's format. Raises StorageError where the
+    file has changed since it was listed.
     """
     every = turns == "all"
-    return _read(part, format, to_pair, lambda unit, _: _exchanges(unit) if every else [unit], splits=every)
+    return _read(part, to_pair, lambda unit, _: _exchanges(unit) if every else [unit], splits=every)
 
 
-def read_documents(part: SourcePart, format: FormatName | None = None) -> Iterator[Document | Dropped]:
-    """The documents of a part, named as in `read_pairs`. Raises MismatchError where no format fits."""
+def read_documents(part: SourcePart) -> Iterator[Document | Dropped]:
+    """The documents of a part, named as in `read_pairs`, with the same errors."""
     # That a tree goes on after a reply is its project's doing: each reply to its root is a response like the others.
-    return _read(part, format, to_document, lambda unit, how: _exchanges(unit)[:1] if how.splits else [unit])
+    return _read(part, to_document, lambda unit, how: _exchanges(unit)[:1] if how.splits else [unit])
 
 
 def _read(
     part: SourcePart,
-    format: FormatName | None,
     convert: Callable[[str, RawRow, Conversation], T | Dropped],
     cut: Callable[[Unit, Format], list[Unit]],
     splits: bool = False,
 ) -> Iterator[T | Dropped]:
-    # The part from which the file's format was told may have had no well-formed row.
-    name = format or part.format or detect(part)
-    how = FORMATS[name] if name else None
+    how = FORMATS[part.format] if part.format else None
     for row in read_rows(part, {*how.fields, "license", "header", "within"} if how else None):
         if isinstance(row, Dropped):
             yield row
             continue
-        # Without a format there was no well-formed row, so there is none here.
-        assert how is not None
+        if how is None:
+            # There was no well-formed row in all the file.
+            raise changed(part)
         try:
-            units = [piece for unit in how.read(row.values) for piece in cut(unit, how)]
+            units = _units(cut(unit, how) for unit in how.read(row.values))
         except Unusable as error:
             yield error.row(row.id, row.where)
             continue
@@ -282,8 +280,24 @@ def _read(
             yield unit.row(id, row.where) if isinstance(unit, Unusable) else convert(id, row, unit)
 
 
+def _units(pieces: Iterable[list[Unit]]) -> list[Unit]:
+    """All of them; those beyond what a row may have are counted and not held. Raises Unusable where there are any."""
+    units: list[Unit] = []
+    beyond = 0
+    for more in pieces:
+        if len(units) + len(more) > _MOST_UNITS or beyond:
+            beyond += len(more)
+        else:
+            units += more
+    if beyond:
+        raise Unusable("too_many_units", f"the row has {len(units) + beyond} units, more than {_MOST_UNITS}")
+    return units
+
+
 def _unit_id(row: str, n: int, splits: bool) -> str:
-    return f"{row}/{n}" if splits and not (n == 0 and _IS_UNIT.search(row)) else row
+    # A segment of a page is a unit of its page already.
+    already = row.endswith("/0") or is_further(row)
+    return f"{row}/{n}" if splits and not (n == 0 and already) else row
 
 
 def _exchanges(unit: Unit) -> list[Unit]:

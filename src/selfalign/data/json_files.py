@@ -27,6 +27,7 @@ from selfalign.data.rows import (
     changed,
     check_depth,
     file_id,
+    file_name,
     row_id,
     too_large,
 )
@@ -67,7 +68,7 @@ def json_extents(path: Path, arrays: bool) -> tuple[str, list[Extent]]:
 def json_rows(part: SourcePart, arrays: bool) -> Iterator[RawRow | Dropped]:
     """The part's records, in order. Raises StorageError where they are not where they were."""
     walk = _left.take(part) or _walk(part, arrays)
-    file, name = file_id(part), Path(part.path).name
+    file, name = file_id(part), file_name(part)
     packed = codec_of(Path(part.path))
     found, end = 0, part.offset
     for number, record in enumerate(islice(walk, part.rows), part.first):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from selfalign.core.records import Dropped, SourcePart, quarantined, rejected
 from selfalign.data.archives import opened
-from selfalign.data.rows import ROW_BYTES, Extent, RawRow, Unusable, changed, file_id
+from selfalign.data.rows import ROW_BYTES, Extent, RawRow, Unusable, changed, file_id, file_name
 
 _BOM = b"\xef\xbb\xbf"
 _MOST_SEGMENTS = 1 << 16
@@ -37,7 +37,7 @@ _Read = Callable[[str, str, str, bytes], Iterator[RawRow | Dropped]]
 
 
 def _page(part: SourcePart, most_bytes: int, read: _Read) -> Iterator[RawRow | Dropped]:
-    where = f"{Path(part.path).name}, sha256 of the file {part.sha256}"
+    where = f"{file_name(part)}, sha256 of the file {part.sha256}"
     with opened(Path(part.path)) as source:
         data = source.stream.read(most_bytes + 1)
         torn = source.torn

@@ -22,6 +22,7 @@ from selfalign.data.rows import (
     changed,
     check_depth,
     file_id,
+    file_name,
     row_id,
     too_large,
 )
@@ -63,7 +64,7 @@ def parquet_rows(part: SourcePart, fields: Collection[str] | None) -> Iterator[R
     """The part's records, in order, of the columns in `fields`. Raises StorageError where there are too few."""
     columns = None if fields is None else frozenset(fields)
     walk = _left.take(part, columns) or _walk(part, columns)
-    name, file, left = Path(part.path).name, file_id(part), part.rows
+    name, file, left = file_name(part), file_id(part), part.rows
     while left:
         try:
             item = next(walk, None)
@@ -182,7 +183,7 @@ def _decoded(batch: "RecordBatch") -> Iterator[dict[str, object] | Unusable]:
 
 def _row(part: SourcePart, number: int, row: dict[str, object] | Unusable) -> RawRow | Dropped:
     file = file_id(part)
-    id, where = row_id(file, number), f"{Path(part.path).name}, row {number}"
+    id, where = row_id(file, number), f"{file_name(part)}, row {number}"
     if isinstance(row, Unusable):
         return row.row(id, f"{where}, sha256 of the file {part.sha256}")
     data = as_json(row)

@@ -17,12 +17,12 @@ from selfalign.data.rows import DEPTH, PART_BYTES, PART_ROWS, ROW_BYTES, Extent,
 __all__ = [
     "DEPTH",
     "KINDS",
+    "LISTING",
     "PART_BYTES",
     "PART_ROWS",
     "PROSE",
     "ROW_BYTES",
     "SUFFIXES",
-    "Extent",
     "RawRow",
     "Unusable",
     "extents",
@@ -32,6 +32,9 @@ __all__ = [
 
 _HTML = (".html", ".htm")
 _TEXT = (".txt", ".md")
+# Raise it where `extents` comes to divide some file otherwise, or `detect` to tell its format otherwise: what runs keep
+# of their files is then found anew.
+LISTING = 1
 # Whose records are documents, whatever they say.
 PROSE = (*_HTML, *_TEXT)
 KINDS = (".jsonl", ".json", ".parquet", *PROSE)
@@ -39,9 +42,9 @@ SUFFIXES = (*KINDS, *(kind + packed for kind in KINDS if kind != ".parquet" for 
 
 
 def kind_of(path: PurePath) -> str | None:
-    """Which of KINDS a file is, by its name; None where it is none that can be read."""
+    """Which of KINDS a file is, by its name in any case; None where it is none that can be read."""
     packed = codec_of(path) is not None
-    kind = PurePath(path.stem).suffix if packed else path.suffix
+    kind = (PurePath(path.stem).suffix if packed else path.suffix).lower()
     return kind if kind in KINDS and not (packed and kind == ".parquet") else None
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Generic, TypeVar
 
 from selfalign.core.errors import StorageError
@@ -56,6 +57,16 @@ class Extent:
     line: int = 0
 
 
+def spelt(name: str) -> str:
+    """The name of a file as UTF-8 can say it, and no other name: bytes that are no text as `\\xe9`, `\\` doubled."""
+    return os.fsencode(name.replace("\\", "\\\\")).decode("utf-8", "backslashreplace")
+
+
+def file_name(part: SourcePart) -> str:
+    """The name of the part's file, for people."""
+    return spelt(PurePath(part.path).name)
+
+
 def file_id(part: SourcePart) -> str:
     """The id of the part's file. A part's own is that of its first record."""
     return part.id.rpartition("/")[0]
@@ -89,7 +100,7 @@ def as_json(values: dict[str, object]) -> bytes:
 
 def changed(part: SourcePart) -> StorageError:
     """The error where a file does not hold what it held when it was listed."""
-    return StorageError(f"{part.path} has changed since it was listed; run again to list it anew")
+    return StorageError(f"{spelt(part.path)} has changed since it was listed; run again to list it anew")
 
 
 class Left(Generic[T]):

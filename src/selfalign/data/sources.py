@@ -19,14 +19,18 @@ from selfalign.core.records import SourcePart
 from selfalign.data.archives import codec_of
 from selfalign.data.config import FormatName
 from selfalign.data.formats import detect
-from selfalign.data.readers import KINDS, PART_BYTES, PART_ROWS, PROSE, SUFFIXES, extents, kind_of
-from selfalign.data.rows import row_id
+from selfalign.data.readers import KINDS, PART_BYTES, PART_ROWS, LISTING, PROSE, SUFFIXES, extents, kind_of
+from selfalign.data.rows import row_id, spelt
 
 _HUB_PREFIX = "hf://datasets/"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _KINDS = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
-# What says something about the files beside it, and is no row of them.
+# What says something about the files beside it, and is no row of them. Pages are taken whatever they are called.
+_ABOUT_KINDS = (".json", ".md", ".txt")
 _ABOUT = ("readme", "license", "licence", "notice", "changelog", "dataset_infos", "dataset_dict")
+# How long a file must have lain still before it is listed, for what was found to be kept: while its file system's clock
+# stands still a change leaves no trace (git's racy entries).
+_SETTLED_NS = 2_000_000_000
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -66,11 +70,12 @@ def resolve(
 ) -> Resolved:
     """List what the files hold that `path` means, relative to `base_dir`: parts with their digests and format.
 
-    A folder is searched throughout, hidden entries and what is called README or LICENSE aside. What is not there may be
+    A folder is searched throughout, but for hidden entries and texts called README or LICENSE. What is not there may be
     a dataset on the Hub: `org/name`, or `hf://datasets/org/name/pattern` for some of its files, at the commit that
     `pinned` gives for it, else at the one that `revision` has now. An outage of the Hub is waited for, up to
-    `patience_s`. Where no `format` is named, each file's is told from its rows. `listed` keeps what was found by
-    path, size and time, so that files which have not changed since are not read again.
+    `patience_s`. Where no `format` is named, each file's is told from its rows; texts and pages are documents
+    always. `listed` keeps what was found by path, size and times, so that files which have not changed since are not
+    read again.
 
     Raises UsageError where nothing is there, MismatchError where no format fits a file, StorageError where one cannot
     be read, ServiceError where the Hub cannot be reached; `setting` is the recipe's key that they name.
@@ -83,7 +88,7 @@ def resolve(
         raise UsageError(f"{setting}: {path} is here, so it has no revision; take the revision out of the recipe")
     else:
         files, base = _here(here, path, setting)
-    ids = ids_of([file.relative_to(base) for file in files])
+    ids = ids_of([PurePath(spelt(str(file.relative_to(base)))) for file in files])
     notes = {} if listed is None else listed
     parts = (part for file, id in zip(files, ids, strict=True) for part in _parts(file, id, format, notes))
     return Resolved(tuple(_shards(parts)), commit)
@@ -102,8 +107,11 @@ def _parts(path: Path, id: str, format: str | None, listed: MutableMapping[str, 
     try:
         stat = path.stat()
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
-    key = f"listed:{path}:{stat.st_size}:{stat.st_mtime_ns}"
+        raise StorageError(f"{spelt(str(path))} cannot be read: {error.strerror}") from error
+    # The time of change too, since no program can set it: a copy may keep size and time of modification.
+    key = f"listed:{LISTING}:{path}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+    if time.time_ns() - stat.st_ctime_ns < _SETTLED_NS:
+        listed = {}
     if key not in listed:
         sha256, found = extents(path)
         listed[key] = json.dumps({"sha256": sha256, "extents": [astuple(extent) for extent in found]})
@@ -173,7 +181,7 @@ def _here(here: Path, path: str, setting: str) -> tuple[list[Path], Path]:
             raise UsageError(f"{setting}: {path} is not a {_KINDS} file; convert it to one of them")
         return [here], here.parent
     if here.is_dir():
-        if not (found := _inside(here)):
+        if not (found := _inside(here, path)):
             raise UsageError(f"{setting}: the folder {path} holds no {_KINDS} file; point it at one that does")
         return found, here
     if glob.has_magic(str(here)):
@@ -184,14 +192,23 @@ def _here(here: Path, path: str, setting: str) -> tuple[list[Path], Path]:
     raise UsageError(f"{setting}: there is no file or folder {path} (looked for {here}); correct the path")
 
 
-def _inside(folder: Path) -> list[Path]:
-    return [p for p in _visible(folder) if p.name.lower().split(".")[0] not in _ABOUT]
+def _inside(folder: Path, path: str) -> list[Path]:
+    """The files of a folder that are read; how many are not is told."""
+    shown = _visible(folder)
+    found = [p for p in shown if (kind := kind_of(p)) and not (kind in _ABOUT_KINDS and _about(p))]
+    if left_out := sorted(set(shown).difference(found)):
+        example = spelt(str(left_out[0].relative_to(folder)))
+        _log.info("%s: %d of its %d files are left out, %s among them", path, len(left_out), len(shown), example)
+    return found
+
+
+def _about(path: Path) -> bool:
+    return path.name.lower().split(".")[0] in _ABOUT
 
 
 def _visible(folder: Path) -> list[Path]:
-    found = (p for p in folder.rglob("*") if kind_of(p) and p.is_file())
-    shown = (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    return sorted(shown, key=lambda path: path.parts)
+    shown = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return sorted((p for p in shown if p.is_file()), key=lambda path: path.parts)
 
 
 def ids_of(paths: Iterable[PurePath]) -> list[str]:
@@ -245,19 +262,24 @@ def _from_hub(
             hub.name,
             repo_type="dataset",
             revision=commit,
-            allow_patterns=hub.pattern or [f"*{suffix}" for suffix in SUFFIXES],
-            ignore_patterns=None if hub.pattern else ["README*", "*/README*"],
+            allow_patterns=hub.pattern or [f"*{_any_case(suffix)}" for suffix in SUFFIXES],
+            ignore_patterns=None if hub.pattern else ["README.md", "*/README.md"],
         )
 
     commit = pinned.get(pin_key(path, revision)) or _patiently(commit_now, hub.name, setting, patience_s)
     folder = Path(_patiently(fetch, hub.name, setting, patience_s))
     if hub.pattern is None:
-        found = _inside(folder)
+        found = _inside(folder, path)
     else:
-        found = [p for p in _visible(folder) if fnmatchcase(p.relative_to(folder).as_posix(), hub.pattern)]
+        visible = (p for p in _visible(folder) if kind_of(p))
+        found = [p for p in visible if fnmatchcase(p.relative_to(folder).as_posix(), hub.pattern)]
     if not found:
         raise UsageError(f"{setting}: the dataset {path} holds no such {_KINDS} file at commit {commit}")
     return found, folder, commit
+
+
+def _any_case(suffix: str) -> str:
+    return "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in suffix)
 
 
 def _patiently(call: Callable[[], T], name: str, setting: str, patience_s: float) -> T:

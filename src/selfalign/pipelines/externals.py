@@ -3,7 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from pydantic import JsonValue
 
@@ -12,7 +12,9 @@ from selfalign.core.hub import explained, hub_errors
 from selfalign.core.identity import digest, file_digest
 from selfalign.core.records import SourcePart
 from selfalign.core.stage import External
+from selfalign.data.archives import codec_of
 from selfalign.data.config import FormatName, SourceConfig
+from selfalign.data.readers import kind_of
 from selfalign.data.sources import pin_key, resolve
 from selfalign.engines.config import ModelConfig, on_this_machine, template_text
 
@@ -22,11 +24,12 @@ _logger = logging.getLogger(__name__)
 @dataclass
 class Externals:
     """Looks things up once. `pinned` maps Hub names to commits and is kept in the run; `digests` saves reading
-    files again that have not changed since (by path, size and time): a model's, and what a source's hold."""
+    files again that have not changed since (by path, size and times): a model's, and what a source's hold."""
 
     pinned: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
+    _found: dict[tuple[str, str | None, FormatName | None], External] = field(default_factory=dict)
 
     def source(self, config: SourceConfig, setting: str) -> External:
         """The rows of a source, in the format that it names or has."""
@@ -45,13 +48,18 @@ class Externals:
         return External(*files.popitem(), found.shards)
 
     def _listed(self, path: str, revision: str | None, setting: str, format: FormatName | None) -> External:
+        # Every arm asks for the same sources.
+        key = (path, revision, format)
+        if key not in self._found:
+            self._found[key] = self._list(path, revision, setting, format)
+        return self._found[key]
+
+    def _list(self, path: str, revision: str | None, setting: str, format: FormatName | None) -> External:
         found = resolve(path, Path.cwd(), revision, self.pinned, setting=setting, format=format, listed=self.digests)
         if found.commit is not None:
             self.pinned[pin_key(path, revision)] = found.commit
         # How parts share shards counts too: what was read of one division must not be completed by another.
-        shards: list[JsonValue] = [
-            [[part.id, part.sha256, part.rows, part.format] for part in shard] for shard in found.shards
-        ]
+        shards: list[JsonValue] = [[_known_by(part) for part in shard] for shard in found.shards]
         return External(path, digest(shards), found.shards)
 
     def model(self, config: ModelConfig, setting: str) -> tuple[ModelConfig, External]:
@@ -87,6 +95,12 @@ class Externals:
         if key not in self.digests:
             self.digests[key] = file_digest(path)
         return self.digests[key]
+
+
+def _known_by(part: SourcePart) -> JsonValue:
+    """What tells a part from others: its bytes, and all that decides how they are read."""
+    path = PurePath(part.path)
+    return [part.id, part.sha256, part.rows, part.format, kind_of(path), codec_of(path)]
 
 
 def _commit(config: ModelConfig, setting: str) -> str:

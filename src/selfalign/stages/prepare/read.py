@@ -19,7 +19,8 @@ class _Read(MapStage):
     config: SourceConfig
 
     def settings(self) -> Settings:
-        return {"format": self.config.format}
+        # The format is the parts', and so in what stands for them.
+        return {}
 
     def units(self, row: SourcePart) -> int:
         return row.rows
@@ -34,13 +35,13 @@ class ReadSeed(_Read):
     config: SeedConfig
 
     def settings(self) -> Settings:
-        return {**super().settings(), "turns": self.config.turns}
+        return {"turns": self.config.turns}
 
     def open(self, context: Context) -> Process:
         from selfalign.data.formats import read_pairs
 
-        config = self.config
-        return Process(lambda parts: [row for part in parts for row in read_pairs(part, config.format, config.turns)])
+        turns = self.config.turns
+        return Process(lambda parts: [row for part in parts for row in read_pairs(part, turns)])
 
 
 @dataclass(frozen=True)
@@ -53,4 +54,4 @@ class ReadCorpus(_Read):
     def open(self, context: Context) -> Process:
         from selfalign.data.formats import read_documents
 
-        return Process(lambda parts: [row for part in parts for row in read_documents(part, self.config.format)])
+        return Process(lambda parts: [row for part in parts for row in read_documents(part)])

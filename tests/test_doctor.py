@@ -441,7 +441,7 @@ def test_no_word_of_an_address_that_is_none_is_told(
     assert "canary" not in str(check)
 
 
-@pytest.mark.parametrize("address", ["nonsense", "localhost:5000", "http//host", "me:canary@host", "://x"])
+@pytest.mark.parametrize("address", ["nonsense", "localhost:5000", "http//host", "me:canary@host", "://x", "x" * 5000])
 def test_a_tracking_address_that_is_no_uri_and_no_path_is_told(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     is_told(doctor.service("MLFLOW_TRACKING_URI"), "fail", "is no address", "http://HOST:PORT")

@@ -459,14 +459,12 @@ def _endpoint_is_good() -> bool:
 
 def _is_place(address: str) -> bool:
     """Whether MLflow can keep something there: a URI, or a path that is there or plainly meant as one."""
-    if (
-        urlsplit(address).scheme
-        and "://" in address
-        or address.startswith("file:")
-        or address in ("databricks", "databricks-uc", "uc")
-    ):
+    if address.partition(":")[0] in ("file", "databricks", "databricks-uc", "uc"):
         return True
-    return address.startswith(("/", "./", "../")) or Path(address).exists()
+    if "://" in address:
+        return not address.startswith("://")
+    # Path's own would raise where the name is too long, with the name in its words.
+    return address.startswith(("/", "./", "../")) or os.path.exists(address)
 
 
 def _is_installed(name: str) -> bool:

@@ -6,17 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selfalign.core.errors import MismatchError
+from selfalign.core.errors import MismatchError, StorageError
 from selfalign.core.records import Document, Dropped, SeedPair, SourcePart
-from selfalign.data.config import FORMAT_NAMES, FormatName
+from selfalign.data.config import FormatName
 from selfalign.data.formats import FORMATS, Values, detect, read_documents, read_pairs
 from selfalign.data.readers import RawRow, extents
 
@@ -27,20 +27,21 @@ Written = Callable[..., SourcePart]
 FURTHER = re.compile(r"/[1-9]\d{0,5}$")
 
 
-def part_of(path: Path) -> SourcePart:
-    """A file that is a single part, whose format is yet to be told."""
+def part_of(path: Path, format: FormatName | None = None) -> SourcePart:
+    """A file that is a single part, in the format named or told."""
     digest, (extent,) = extents(path)
-    return SourcePart(id=f"{path.stem}/0000000", path=str(path), sha256=digest, **asdict(extent))
+    part = SourcePart(id=f"{path.stem}/0000000", path=str(path), sha256=digest, **asdict(extent))
+    return replace(part, format=format or detect(part))
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> Written:
     """Write rows, or the bytes themselves, into a JSONL file that is one part."""
 
-    def write(*rows: Values | bytes) -> SourcePart:
+    def write(*rows: Values | bytes, format: FormatName | None = None) -> SourcePart:
         lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
         (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
-        return part_of(tmp_path / "rows.jsonl")
+        return part_of(tmp_path / "rows.jsonl", format)
 
     return write
 
@@ -48,7 +49,7 @@ def written(tmp_path: Path) -> Written:
 @pytest.fixture
 def pair_of(written: Written) -> Callable[..., SeedPair | Dropped]:
     def read(values: Values, format: FormatName | None = None) -> SeedPair | Dropped:
-        (item,) = read_pairs(written(values), format)
+        (item,) = read_pairs(written(values, format=format))
         return item
 
     return read
@@ -57,7 +58,7 @@ def pair_of(written: Written) -> Callable[..., SeedPair | Dropped]:
 @pytest.fixture
 def document_of(written: Written) -> Callable[..., Document | Dropped]:
     def read(values: Values, format: FormatName | None = None) -> Document | Dropped:
-        (item,) = read_documents(written(values), format)
+        (item,) = read_documents(written(values, format=format))
         return item
 
     return read
@@ -147,7 +148,7 @@ def test_every_format_is_told_from_its_fields_and_gives_its_pair_and_its_documen
 
 
 def test_every_name_has_a_format() -> None:
-    assert set(FORMATS) == set(FORMAT_NAMES)
+    assert set(FORMATS) == set(get_args(FormatName))
 
 
 class Watched(dict[str, object]):
@@ -354,19 +355,26 @@ def test_conversations_are_told_apart_by_the_first_that_is_not_empty(written: Wr
 
 def test_fields_that_fit_no_format_are_named_in_the_error_beside_the_known_formats(written: Written) -> None:
     with pytest.raises(MismatchError, match=r"rows.jsonl: .* fields body, title; known are messages \(messages: role"):
-        list(read_pairs(written({"title": "a", "body": "b"})))
+        written({"title": "a", "body": "b"})
 
 
 def test_a_file_of_single_messages_is_refused_with_what_to_take_instead(written: Written) -> None:
     row = {"message_id": "x", "parent_id": None, "role": "prompter", "text": "### Human: Why?", "rank": None}
     with pytest.raises(MismatchError, match=r"rows.jsonl: its rows are single messages, .* file of trees"):
-        list(read_documents(written(row)))
+        written(row)
 
 
 def test_a_file_of_broken_rows_is_quarantined_whole(written: Written) -> None:
     part = written(b"x", b"y")
     assert detect(part) is None
     assert [item.id for item in read_pairs(part)] == ["rows/0000000", "rows/0000001"]
+
+
+def test_a_file_of_broken_rows_that_has_others_by_now_is_told_to_have_changed(written: Written) -> None:
+    part = written(b"x" * 14)
+    Path(part.path).write_bytes(b'{"text": "ab"}')
+    with pytest.raises(StorageError, match="has changed since it was listed"):
+        list(read_pairs(part))
 
 
 # Guanaco
@@ -414,6 +422,18 @@ def test_a_task_gives_a_unit_for_each_instance_and_a_broken_one_costs_only_itsel
     units = list(read_pairs(written({"instruction": "Sum.", "instances": instances})))
     assert [unit.id for unit in units] == ["rows/0000000/0", "rows/0000000/1", "rows/0000000/2"]
     assert said(units) == [("Sum.\n\n1 2", "3"), "missing_field", ("Sum.\n\n5 6", "11")]
+
+
+def test_a_row_of_more_units_than_can_be_meant_is_one_that_is_quarantined(written: Written) -> None:
+    task = {"instruction": "a", "instances": [0] * 4096}
+    assert len(list(read_pairs(written(task)))) == 4096
+    (dropped,) = read_pairs(written({**task, "instances": [0] * 300_000}))
+    assert isinstance(dropped, Dropped)
+    assert (dropped.id, dropped.reason, dropped.outcome) == ("rows/0000000", "too_many_units", "quarantined")
+    assert str(dropped.detail).endswith("the row has 300000 units, more than 4096")
+    turns = {"messages": [user("a"), assistant("b")] * 4097}
+    assert said(read_pairs(written(turns), turns="all")) == ["too_many_units"]
+    assert said(read_pairs(written(turns))) == [("a", "b")]
 
 
 def test_a_generated_instruction_without_instances_has_no_response(written: Written) -> None:
@@ -510,7 +530,7 @@ def test_a_segment_of_a_page_is_a_unit_already(monkeypatch: pytest.MonkeyPatch, 
     texts = "### Human: a### Assistant: b### Human: c### Assistant: d"
     segments = [RawRow(f"page/0000000/{n}", "page", "page.html", {"text": texts}) for n in (0, 3)]
     monkeypatch.setattr("selfalign.data.formats.read_rows", lambda part, fields=None: iter(segments))
-    ids = [unit.id for unit in read_pairs(written(b""), "guanaco", "all")]
+    ids = [unit.id for unit in read_pairs(written(b"", format="guanaco"), "all")]
     assert ids == ["page/0000000/0", "page/0000000/0/1", "page/0000000/3", "page/0000000/3/1"]
     assert sum(not FURTHER.search(id) for id in ids) == 1
 
@@ -576,16 +596,12 @@ def test_whatever_a_row_holds_it_has_one_first_unit_under_every_format(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    part = part_of(path)
-    for format in FORMAT_NAMES:
-        for items in (
-            list(read_pairs(part, format)),
-            list(read_pairs(part, format, "all")),
-            list(read_documents(part, format)),
-        ):
+    for format in get_args(FormatName):
+        part = part_of(path, format)
+        for items in (list(read_pairs(part)), list(read_pairs(part, "all")), list(read_documents(part))):
             check(items, len(rows))
     with suppress(MismatchError):
-        check(list(read_documents(part)), len(rows))
+        check(list(read_documents(part_of(path))), len(rows))
 
 
 def check(items: Sequence[SeedPair | Document | Dropped], rows: int) -> None:

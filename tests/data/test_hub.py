@@ -56,9 +56,16 @@ def test_some_files_of_a_dataset_can_be_named(hub: Hub, tmp_path: Path) -> None:
 def test_every_kind_of_file_of_a_dataset_is_fetched(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, page, table = b'[{"text": "a"}]', b"<h1>a</h1>", b"a,b"
     packed = {"rows.json.gz": gzip.compress(rows), "page.html.gz": gzip.compress(page), "text.md": b"a"}
-    monkeypatch.setitem(FILES, NEW, {**packed, "README.md": b"# readme", "table.csv": table})
+    pages = {"Contents.HTML": page, "readme.html": page}
+    monkeypatch.setitem(FILES, NEW, {**packed, **pages, "README.md": b"# readme", "table.csv": table})
     files, _ = contents("org/name", tmp_path)
-    assert files == {"rows": packed["rows.json.gz"], "page": packed["page.html.gz"], "text": b"a"}
+    assert files == {
+        "rows": packed["rows.json.gz"],
+        "page": packed["page.html.gz"],
+        "text": b"a",
+        "Contents": page,
+        "readme": page,
+    }
     assert not any(path.endswith(("README.md", "table.csv")) for path in hub.requests)
     assert contents("hf://datasets/org/name/README.md", tmp_path)[0] == {"README": b"# readme"}
 

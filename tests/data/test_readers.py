@@ -59,3 +59,9 @@ def test_other_names_are_no_kind(name: str) -> None:
 def test_a_dot_in_the_name_is_no_suffix() -> None:
     assert kind_of(PurePath("x.html/a.b.jsonl")) == ".jsonl"
     assert kind_of(PurePath("a.html.json.gz")) == ".json"
+
+
+def test_an_ending_may_be_in_capitals(listed: Callable[..., SourcePart]) -> None:
+    (row,) = read_rows(listed(gzip.compress(PAGE), "Contents.HTML.Gz"))
+    assert isinstance(row, RawRow)
+    assert (row.source, row.values["text"]) == ("Contents", TEXT)

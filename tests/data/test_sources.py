@@ -4,13 +4,19 @@ import errno
 import gzip
 import hashlib
 import json
+import os
+import pickle
+import time
 from pathlib import Path, PurePath
 
 import pytest
 
 from selfalign.core.errors import MismatchError, StorageError, UsageError
-from selfalign.core.records import SourcePart
+from selfalign.core.records import Document, SourcePart
+from selfalign.core.tables import to_parquet
 from selfalign.data import json_files, sources
+from selfalign.data.formats import read_documents
+from selfalign.data.readers import read_rows
 from selfalign.data.sources import ids_of, pin_key, resolve
 
 ROW = b'{"text": "x"}\n'
@@ -56,11 +62,59 @@ def test_a_folder_is_searched_throughout_and_ids_are_as_long_as_needed(base: Pat
 def test_what_is_called_readme_or_license_is_about_the_files_of_its_folder_and_is_read_where_it_is_named(
     base: Path,
 ) -> None:
-    for name in ("LICENSE.txt", "readme.html", "dataset_infos.json", "reader.md"):
+    for name in ("LICENSE.txt", "readme.MD", "dataset_infos.json", "reader.md"):
         (base / "b" / name).write_bytes(ROW)
     assert sources_of("b", base) == ["more", "reader", "train"]
     assert sources_of("README.md", base) == ["README"]
     assert sources_of("*.md", base) == ["README"]
+
+
+def test_a_page_is_read_whatever_it_is_called(tmp_path: Path) -> None:
+    for name in ("README.html", "notice.html.gz", "Contents.HTML", "changelog.htm", "License.jsonl"):
+        (tmp_path / name).write_bytes(ROW)
+    assert sources_of(".", tmp_path) == ["Contents", "License", "README", "changelog", "notice"]
+
+
+def test_how_many_files_of_a_folder_are_left_out_is_told(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (base / "b" / "page.xhtml").write_bytes(b"")
+    with caplog.at_level("INFO"):
+        resolve("a", base)
+        resolve("b", base)
+        resolve(".", base, format="document")
+    assert caplog.messages == [
+        "b: 2 of its 4 files are left out, notes.csv among them",
+        ".: 3 of its 6 files are left out, README.md among them",
+    ]
+
+
+def test_a_name_that_is_no_text_is_told_from_one_that_spells_it(tmp_path: Path) -> None:
+    for name in (b"caf\xe9.html", b"caf\\xe9.html", b"d\xff/a.jsonl", "caf\xe9.jsonl".encode()):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"<h1>a</h1>b" if path.suffix == ".html" else ROW + b"broken\n")
+    listed: dict[str, str] = {}
+    found = resolve(".", tmp_path, listed=listed)
+    assert resolve(".", tmp_path, listed=json.loads(json.dumps(listed).encode())) == found
+    assert pickle.loads(pickle.dumps(found)) == found
+    rows = [row for part in found.parts for row in read_documents(part)]
+    assert [row.id for row in rows] == [
+        "caf\\\\xe9/0000000/0",
+        "caf\xe9/0000000",
+        "caf\xe9/0000001",
+        "caf\\xe9/0000000/0",
+        "a/0000000",
+        "a/0000001",
+    ]
+    to_parquet(rows, Document)
+    for part in found.parts:
+        Path(part.path).write_bytes(b"")
+        with pytest.raises(StorageError) as caught:
+            list(read_documents(part))
+        assert str(caught.value).encode()
+        Path(part.path).unlink()
+        with pytest.raises(StorageError) as caught:
+            list(read_documents(part))
+        assert str(caught.value).encode()
 
 
 def test_a_glob_lists_what_matches(base: Path) -> None:
@@ -191,6 +245,13 @@ def test_parts_of_a_large_file_are_shards_of_their_own(tmp_path: Path, monkeypat
 # What is known already
 
 
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are old enough at once."""
+    monkeypatch.setattr(sources, "_SETTLED_NS", 0)
+
+
+@pytest.mark.usefixtures("settled")
 def test_a_file_that_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_bytes(ROW * 5)
     (tmp_path / "b.html").write_bytes(b"<h1>a</h1>")
@@ -208,6 +269,43 @@ def test_a_file_that_has_not_changed_is_not_read_again(tmp_path: Path, monkeypat
     assert resolve(".", tmp_path, listed=listed).parts[0].rows == 6
 
 
+def test_a_file_that_changes_while_it_is_listed_is_listed_anew_though_size_and_time_are_the_same(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.jsonl"
+    listed: dict[str, str] = {}
+    for data in (ROW * 2, b"\n" * len(ROW) + ROW):
+        path.write_bytes(data)
+        os.utime(path, ns=(0, 0))
+        (part,) = resolve("a.jsonl", tmp_path, listed=listed).parts
+        assert part.sha256 == hashlib.sha256(data).hexdigest()
+    assert listed == {}
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_change_that_leaves_size_and_time_as_they_were_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    listed: dict[str, str] = {}
+    for data in (ROW * 2, b"\n" * len(ROW) + ROW):
+        path.write_bytes(data)
+        os.utime(path, ns=(0, 0))
+        assert list(read_rows(*resolve("a.jsonl", tmp_path, listed=listed).parts))
+        # Longer than the file system's clock stands still.
+        time.sleep(0.05)
+    assert len(listed) == 2
+
+
+@pytest.mark.usefixtures("settled")
+def test_what_an_older_reader_listed_is_listed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_bytes(ROW * 5)
+    listed: dict[str, str] = {}
+    resolve(".", tmp_path, listed=listed)
+    monkeypatch.setattr(sources, "LISTING", sources.LISTING + 1)
+    monkeypatch.setattr(json_files, "PART_ROWS", 2)
+    assert [part.rows for part in resolve(".", tmp_path, listed=listed).parts] == [2, 2, 1]
+
+
+@pytest.mark.usefixtures("settled")
 def test_a_format_is_told_of_a_file_that_was_listed_with_one_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(ROW)
     listed: dict[str, str] = {}

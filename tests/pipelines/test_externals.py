@@ -195,6 +195,29 @@ def test_a_source_is_known_by_its_files_contents_and_names(tmp_path: Path) -> No
     assert len(set(seen)) == 4
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [("x.txt", "x.html"), ("x.jsonl", "x.json"), ("x.txt", "x.txt.gz"), ("x.jsonl.gz", "x.jsonl")]
+)
+def test_a_file_that_is_renamed_to_another_kind_counts(tmp_path: Path, before: str, after: str) -> None:
+    def digest() -> str:
+        return Externals().source(SourceConfig(path=str(tmp_path), format="document"), "prepare.corpus").digest
+
+    (tmp_path / before).write_text('{"text": "x"}\n')
+    seen = digest()
+    (tmp_path / before).rename(tmp_path / after)
+    assert digest() != seen
+
+
+def test_a_source_that_every_arm_asks_for_is_listed_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "b.csv").write_text("x")
+    outside = Externals()
+    with caplog.at_level("INFO"):
+        first, again = (outside.source(SourceConfig(path=str(tmp_path)), "prepare.corpus") for _ in range(2))
+    assert first is again
+    assert caplog.messages == [f"{tmp_path}: 1 of its 2 files are left out, b.csv among them"]
+
+
 def test_a_setting_that_wants_one_file_takes_no_folder_of_more(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "x"}\n')

@@ -19,7 +19,7 @@ from selfalign.core.records import SourcePart
 from selfalign.data.archives import codec_of
 from selfalign.data.config import FormatName
 from selfalign.data.formats import detect
-from selfalign.data.readers import KINDS, PART_BYTES, PART_ROWS, LISTING, PROSE, SUFFIXES, extents, kind_of
+from selfalign.data.readers import KINDS, LISTING, PART_BYTES, PART_ROWS, PROSE, SUFFIXES, extents, kind_of
 from selfalign.data.rows import row_id, spelt
 
 _HUB_PREFIX = "hf://datasets/"

@@ -32,6 +32,16 @@ def test_all_turns_of_a_conversation_are_pairs_where_the_recipe_wants_them(tmp_p
     assert [row.reason for row in found if isinstance(row, Dropped)] == ["no_response"]
 
 
+def test_a_format_that_is_named_is_the_rows_and_not_the_texts_and_pages(tmp_path: Path, seen: Seen) -> None:
+    files = {"a.jsonl": '{"conversations": ["q", "a"]}\n', "b.md": "# B", "c.html": "<h1>C</h1><p>c</p>"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    config = CorpusConfig(path="x", format="lima")
+    (parts,) = resolve(".", tmp_path, format=config.format).shards
+    found = list(ReadCorpus(config).open(seen()).run(parts))
+    assert [row.text for row in found if isinstance(row, Document)] == ["a", "# B", "c"]
+
+
 def test_a_page_comes_out_as_its_segments_with_those_that_enclose_them(tmp_path: Path, seen: Seen) -> None:
     page = "<h1>Boats</h1><p>All of them.</p><h2>Sails</h2><p>White ones.</p><h3>Sewing</h3><p>By hand.</p>"
     (tmp_path / "page.html").write_text(page)

@@ -248,7 +248,7 @@ def test_an_empty_corpus_is_told_and_nothing_is_trained(
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
     assert main(["run", str(recipe), f"prepare.corpus.path={empty}", "--run", str(tmp_path / "run")]) == 3
-    assert "no document is left" in capsys.readouterr().err
+    assert "empty.jsonl holds no record" in capsys.readouterr().err
     assert not list((tmp_path / "run" / "artifacts").glob("train-*"))
 
 

@@ -61,7 +61,7 @@ def test_an_extra_that_is_not_there_is_no_fault(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["torch", "no-such-package[x]; extra == 'ray'"])
     checks = {check.name: check for check in doctor.extras()}
     assert "extra dev" not in checks
-    is_told(checks["extra ray"], "ok", "no-such-package is missing", "pip install 'selfalign[ray]'")
+    is_told(checks["extra ray"], "ok", "no-such-package is missing", "pip install -e '.[ray]'")
 
 
 def test_quantisation_that_does_not_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,4 +465,4 @@ def test_a_host_whose_name_is_too_long_cannot_be_reached(monkeypatch: pytest.Mon
 def test_an_address_of_ray_without_ray_is_told(monkeypatch: pytest.MonkeyPatch, ray: Any) -> None:
     ray(False)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    is_told(doctor.service("RAY_ADDRESS"), "fail", "pip install 'selfalign[ray]'")
+    is_told(doctor.service("RAY_ADDRESS"), "fail", "pip install -e '.[ray]'")

@@ -323,7 +323,10 @@ def _summary(root: Path, as_json: bool, steps: bool = False) -> int:
     console.print(f"run: {root}" + ("" if view.complete else " (not complete)"), highlight=False, markup=False)
     if model is not None:
         console.print(
-            f"final model: {model.files}\ncurated data: {view.curated()}", highlight=False, markup=False, soft_wrap=True
+            f"final model: {model.files}" + (f"\ncurated data: {curated}" if (curated := view.curated()) else ""),
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
         console.print(f"read it: selfalign show {root}", highlight=False, markup=False)
     return 0

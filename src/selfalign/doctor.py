@@ -105,7 +105,7 @@ def extras() -> Iterator[Check]:
             continue
         bad = [told for requirement in _requirements(extra) if (told := _missing(requirement))]
         found = f"not installed ({', '.join(bad)})" if bad else "installed"
-        advice = f"where you want it: pip install 'selfalign[{extra}]'" if bad else ""
+        advice = f"where you want it: pip install -e '.[{extra}]' in the checkout" if bad else ""
         yield Check(f"extra {extra}", "ok", found, advice)
 
 
@@ -413,7 +413,9 @@ def service(variable: str) -> Check:
     name = variable.split("_")[0].lower()
     address = os.environ[variable]
     if name == "ray" and not _is_installed("ray"):
-        return Check("ray", "fail", f"{variable} is set and Ray is not installed", "pip install 'selfalign[ray]'")
+        return Check(
+            "ray", "fail", f"{variable} is set and Ray is not installed", "pip install -e '.[ray]' in the checkout"
+        )
     if name == "ray" and ":" in address and "://" not in address:
         # Ray's own form is host:port.
         address = f"ray://{address}"

@@ -162,6 +162,27 @@ def test_a_quarantined_seed_row_is_found_with_its_file_line_and_hash(full: Run, 
     assert row["detail"] == "seed.jsonl line 4, byte 310, sha256 ab12"
 
 
+def test_of_a_stage_that_a_gate_ended_early_the_dropped_rows_can_be_had(run: Run, tmp_path: Path) -> None:
+    broken = quarantined("s/0000003", "not_html", "page.html: it is a picture")
+    kept = Document(id="s/0000004", source="s", text="t")
+    run.add("prepare.read_corpus", rows=[broken, kept], record=Document)
+    run.add("prepare.filter_corpus", state="waiting")
+    run.add("prepare.pick_corpus", state="waiting")
+    to = tmp_path / "dropped.jsonl"
+    assert export(run.view(), "corpus", to, dropped=True).rows == 1
+    (row,) = map(json.loads, to.read_text().splitlines())
+    assert (row["reason"], row["detail"]) == ("not_html", "page.html: it is a picture")
+    with pytest.raises(UsageError, match=r"prepare\.pick_corpus is not done"):
+        export(run.view(), "corpus", tmp_path / "all.jsonl")
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl.gz", "rows"])
+def test_a_name_that_tells_no_format_is_refused(full: Run, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="its name tells no format; end it in"):
+        export(full.view(), "curated", tmp_path / name)
+    assert export(full.view(), "curated", tmp_path / name, "parquet").rows
+
+
 def test_curated_is_what_the_final_model_was_trained_on_unless_a_round_is_named(full: Run, tmp_path: Path) -> None:
     assert write(full, tmp_path, "curated")[0]["rating"] == 4.5
     assert write(full, tmp_path, "curated", "json", round=1)[0]["rating"] == 4.25

@@ -42,7 +42,7 @@ class RayBackend:
         try:
             import ray
         except ModuleNotFoundError as error:
-            raise UsageError("the Ray backend needs Ray: pip install 'selfalign[ray]'") from error
+            raise UsageError("the Ray backend needs Ray: pip install -e '.[ray]' in the checkout") from error
         self._ray, self._code = ray, code_digest()
         try:
             ray.init(address=os.environ.get("RAY_ADDRESS"), ignore_reinit_error=True, log_to_driver=False)

@@ -121,6 +121,9 @@ def commit_folder(draft: Path, final: Path) -> bool:
     """Give a written folder its final name, durably. False where somebody committed that name before."""
     with _explained(final):
         for path in (draft, *draft.rglob("*")):
+            if path.is_file():
+                # Some writers of weights let their user alone read them, and others share the run.
+                path.chmod(0o644)
             _sync(path)
         try:
             os.rename(draft, final)
@@ -203,4 +206,4 @@ def dropped(manifest: Manifest) -> str:
     if not ledger.in_:
         return "nothing came in: `selfalign status` says where the rows were dropped before, and why"
     told = ", ".join(f"{n} {reason}" for reason, n in (ledger.rejected + ledger.quarantined).items())
-    return f"dropped here: {told or 'nothing'}; `selfalign status` has the counts of the steps before"
+    return f"dropped here: {told or 'nothing'}"

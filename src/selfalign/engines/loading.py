@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
-    """The tokenizer with the chat template that training and inference share.
+def load_tokenizer(config: ModelConfig, setting: str = "model.path") -> "PreTrainedTokenizerFast":
+    """The tokenizer with the chat template that training and inference share. Errors name the recipe's `setting`.
 
     Raises UsageError where there is no model, or no chat template and the recipe names none.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _fetch(AutoTokenizer, config)
+    tokenizer = _fetch(AutoTokenizer, config, setting)
     if config.chat_template is not None:
         tokenizer.chat_template = template_text(config.chat_template)
     if not tokenizer.chat_template:
@@ -51,7 +51,15 @@ def load_model(config: ModelConfig) -> "PreTrainedModel":
     elif config.quantisation == "int8":
         extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _fetch(AutoModelForCausalLM, config, use_safetensors=True, dtype=dtype, device_map={"": device}, **extra)
+    model = _fetch(
+        AutoModelForCausalLM,
+        config,
+        "model.path",
+        use_safetensors=True,
+        dtype=dtype,
+        device_map={"": device},
+        **extra,
+    )
     if device == "cpu":
         for module in model.modules():
             # bitsandbytes repacks NF4 weights for bfloat16 CPUs on first use, and loses bits when a later look at the
@@ -77,17 +85,17 @@ def settle_generation(model: "PreTrainedModel", stops: frozenset[int]) -> None:
         generation.do_sample = True
 
 
-def _fetch(auto_class: Any, config: ModelConfig, **extra: Any) -> Any:
+def _fetch(auto_class: Any, config: ModelConfig, setting: str, **extra: Any) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     # Of its bars for each file that is read or written; what is downloaded still shows its own.
     disable_progress_bar()
     local = Path(config.path).is_dir()
     if not local and config.path.startswith((".", "/", "~")):
-        raise UsageError(f"model.path: no folder {config.path!r}")
+        raise UsageError(f"{setting}: no folder {config.path!r}")
     try:
         return auto_class.from_pretrained(
             config.path, revision=None if local else config.revision, local_files_only=local, **extra
         )
     except hub_errors() as error:
-        raise explained(config.path, error, "model.path") from error
+        raise explained(config.path, error, setting) from error

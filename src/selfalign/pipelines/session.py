@@ -95,7 +95,8 @@ class Session:
         models: set[ModelConfig] = {model for s in self.steps if (model := getattr(s.stage, "model", None)) is not None}
         for model in sorted(models, key=str):
             if model.engine == "transformers":
-                load_tokenizer(model)
+                rates = model.path == self.recipe.curate.rater.model
+                load_tokenizer(model, "curate.rater.model" if rates else "model.path")
 
 
 def _kept(path: Path) -> dict[str, str]:

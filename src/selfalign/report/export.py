@@ -77,10 +77,12 @@ def export(
     By default it is STAGE.FORMAT in the working directory, and its name tells its format (else jsonl). A stage always
     has the same columns. With `dropped`, and always for `rated`, the rows that its steps rejected or quarantined stand
     there too, told apart by `outcome`. `round` is the final model's where it is None. Rows are streamed. Raises
-    UsageError where the stage is not done, or `to` is there already and is not to be replaced.
+    UsageError where the stage is not done (with `dropped`, where none of its steps is), or `to` is there already and is not to be replaced.
     """
     if format is None:
         named: list[Format] = [known for known in FORMATS if to is not None and to.suffix == f".{known}"]
+        if to is not None and not named:
+            raise UsageError(f"{to}: its name tells no format; end it in .{', .'.join(FORMATS)}, or name --format")
         format = named[0] if named else "jsonl"
     to = to or Path(f"{stage}.{format}")
     if to.is_dir() or not to.parent.is_dir():
@@ -88,16 +90,18 @@ def export(
     if to.exists() and not replace:
         raise UsageError(f"{to} is there already; name another file with --to, or replace it with --force")
     what = STAGES[stage]
-    steps = _steps(run, stage, arm, round)
+    steps = _steps(run, stage, arm, round, unfinished=dropped)
     for step in steps:
         step.artifact.verify()
+    # Of a stage that a gate ended early there are dropped rows alone.
+    finished = steps[-1].name.split("@")[0] == what.steps[-1]
     dropped = dropped or what.dropped
     table = _schema(what.record, columns, dropped)
 
     def rows() -> Iterator[Row]:
         for step in reversed(steps):
             for outcome in step.outcomes(what.record):
-                if dropped if isinstance(outcome, Dropped) else step is steps[-1]:
+                if dropped if isinstance(outcome, Dropped) else finished and step is steps[-1]:
                     yield _row(outcome, table.names)
 
     with _draft(to) as draft:
@@ -108,8 +112,11 @@ def export(
 # Which steps
 
 
-def _steps(run: RunView, stage: StageName, arm: str | None, round: int | None) -> list[StepView]:
-    """The stage's steps, complete and in order; a gate that one failed does not hide what it computed."""
+def _steps(run: RunView, stage: StageName, arm: str | None, round: int | None, unfinished: bool) -> list[StepView]:
+    """The stage's steps, complete and in order; a gate that one failed does not hide what it computed.
+
+    With `unfinished` the stage need not have come to its end.
+    """
     what = STAGES[stage]
     arms = sorted({step.arm for step in run.steps if step.arm is not None})
     if arm is not None and arm not in arms:
@@ -120,6 +127,8 @@ def _steps(run: RunView, stage: StageName, arm: str | None, round: int | None) -
         round = _last_round(run, what.steps[-1], arm)
     *before, name = (f"{name}@{round}" if what.in_rounds else name for name in what.steps)
     last = _of_arm(run, name, arm)
+    while unfinished and before and (last is None or last.manifest is None):
+        last = _of_arm(run, before.pop(), arm)
     if last is None or last.manifest is None:
         whose = "" if arm is None else f" for the arm {arm}"
         raise UsageError(f"{name} is not done{whose} in {run.root}; `selfalign status` shows how far the run is")

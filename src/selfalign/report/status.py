@@ -108,7 +108,8 @@ def steps_table(run: RunView) -> Table:
             **{f"{k} (kept)": n for k, n in _counts(row["noted"]).items()},
         }
         told = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
-        cells = [row["in"], row["kept"], told or step.message, row["tokens"] or None, row["seconds"]]
+        told = "; ".join(filter(None, (told, step.message)))
+        cells = [row["in"], row["kept"], told, row["tokens"] or None, row["seconds"]]
         # Brackets are text here: rich would take `[arm]` for a style and drop it.
         table.add_row(escape(step.title), step.state, *("" if cell is None else escape(str(cell)) for cell in cells))
     return table

@@ -137,6 +137,12 @@ def test_the_gate_counts_every_way_of_having_no_rating() -> None:
             stage.check(manifest(9, below_threshold=80, **{reason: 11}))
 
 
+def test_where_nothing_was_rated_another_threshold_is_no_advice() -> None:
+    stage = Select(config=CurateConfig(min_rated=0))
+    with pytest.raises(GateError, match=r"no pair has a rating: .*curate\.readout=expected"):
+        stage.check(manifest(0, unparsed=7))
+
+
 def test_the_gate_wants_something_kept_and_names_the_threshold() -> None:
     stage = Select(config=CurateConfig())
     with pytest.raises(GateError, match=r"kept none of 7 pairs \(7 below_threshold\); lower curate\.threshold"):

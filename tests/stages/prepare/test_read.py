@@ -3,8 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from selfalign.core.errors import GateError
 from selfalign.core.records import Document, Dropped, SeedPair
 from selfalign.core.stage import Context
+from selfalign.core.store import Manifest
 from selfalign.data.config import CorpusConfig, SeedConfig
 from selfalign.data.sources import resolve
 from selfalign.stages.prepare.read import ReadCorpus, ReadSeed
@@ -51,3 +55,17 @@ def test_a_page_comes_out_as_its_segments_with_those_that_enclose_them(tmp_path:
     assert [row.header for row in rows] == ["Boats", "Sails", "Sewing"]
     assert [row.within for row in rows] == [(), (rows[0].id,), (rows[0].id, rows[1].id)]
     assert rows[1].text.split() == ["White", "ones.", "Sewing", "By", "hand."]
+
+
+def test_a_source_without_a_usable_row_ends_the_run_and_says_where_to_look() -> None:
+    stage = ReadCorpus(CorpusConfig(path="web"))
+
+    def manifest(kept: int, **lost: int) -> Manifest:
+        ledger = {"sources": 1, "in": kept + sum(lost.values()), "kept": kept, "rejected": {}, "quarantined": lost}
+        return Manifest("s", "i", "c", {}, {}, ledger)
+
+    stage.check(manifest(1, not_html=3))
+    with pytest.raises(GateError, match=r"nothing that web holds can be used; dropped here: 3 not_html\. `selfalign"):
+        stage.check(manifest(0, not_html=3))
+    with pytest.raises(GateError, match=r"prepare\.read_corpus: web holds no record; name a file that does"):
+        stage.check(manifest(0))

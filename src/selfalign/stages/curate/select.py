@@ -60,7 +60,13 @@ class Select(WholeStage):
                 f"{self.config.min_rated:.0%} ({told})"
             )
         if not manifest.ledger["kept"]:
-            raise GateError(f"curation kept none of {total} pairs ({told}); lower curate.threshold")
+            advice = (
+                "lower curate.threshold"
+                if counts.get("below_threshold")
+                else "no pair has a rating: `selfalign export --stage rated` has what the rater wrote, and "
+                "curate.readout=expected needs no written score"
+            )
+            raise GateError(f"curation kept none of {total} pairs ({told}); {advice}")
 
     def _reason(self, row: Rated) -> str | None:
         unrated = why_unrated(row.rating, row.unrated, row.off_scale, self.config)

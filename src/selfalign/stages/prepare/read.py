@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from selfalign.core.errors import GateError
 from selfalign.core.records import Document, Record, SeedPair, SourcePart
 from selfalign.core.stage import Context, MapStage, Process, Settings
+from selfalign.core.store import Manifest, dropped
 from selfalign.data.config import SeedConfig, SourceConfig
 
 
@@ -24,6 +26,16 @@ class _Read(MapStage):
 
     def units(self, row: SourcePart) -> int:
         return row.rows
+
+    def check(self, manifest: Manifest) -> None:
+        if not manifest.ledger["kept"]:
+            what = "corpus" if self.output is Document else "prepared"
+            raise GateError(
+                f"{self.name}: nothing that {self.config.path} holds can be used; {dropped(manifest)}. `selfalign "
+                f"export RUN --stage {what} --dropped` says what is wrong with each row, and where it stands"
+                if manifest.ledger["in"]
+                else f"{self.name}: {self.config.path} holds no record; name a file that does"
+            )
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,11 @@ def export(
 ) -> Exported:
     """Write a stage's rows to the file `to`, which is there whole or not at all.
 
-    By default it is STAGE.FORMAT in the working directory, and its name tells its format (else jsonl). A stage always
-    has the same columns. With `dropped`, and always for `rated`, the rows that its steps rejected or quarantined stand
-    there too, told apart by `outcome`. `round` is the final model's where it is None. Rows are streamed. Raises
-    UsageError where the stage is not done (with `dropped`, where none of its steps is), or `to` is there already and is not to be replaced.
+    By default it is STAGE.FORMAT in the working directory; a file's name tells its format. A stage always has the same
+    columns. With `dropped`, and always for `rated`, the rows that its steps rejected or quarantined stand there too,
+    told apart by `outcome`. `round` is the final model's where it is None. Rows are streamed. Raises UsageError where
+    the stage is not done (with `dropped`, where none of its steps is), or `to` is there already and is not to be
+    replaced.
     """
     if format is None:
         named: list[Format] = [known for known in FORMATS if to is not None and to.suffix == f".{known}"]

@@ -86,7 +86,8 @@ def plan(arguments: Arguments) -> int:
 
     from selfalign.pipelines.session import Session
 
-    session = Session.open(Path(arguments.recipe), arguments.overrides, _folder(arguments))
+    with _listener(arguments.json):
+        session = Session.open(Path(arguments.recipe), arguments.overrides, _folder(arguments))
     steps = session.plan()
     if arguments.json:
         print(json.dumps({"run": str(session.root), "steps": steps}, indent=1))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -223,6 +223,27 @@ def test_a_claim_made_between_the_look_and_the_eviction_stands(
         pytest.fail("two held it")
     assert json.loads(path.read_text())["host"] == "quicker"
     assert [p.name for p in path.parent.iterdir()] == ["lease.json"]
+
+
+def test_a_holder_who_ends_while_others_look_costs_the_next_one_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_by(path, "holder", age_s=0)
+    same, abandoned = os.path.samestat, module._abandoned
+
+    def ends(one: os.stat_result, other: os.stat_result) -> bool:
+        found = same(one, other)
+        path.unlink()
+        return found
+
+    def next_one_comes(*seen: Any) -> bool:
+        left_by(path, "next", age_s=0)
+        return abandoned(*seen)
+
+    monkeypatch.setattr(module.os.path, "samestat", ends)
+    monkeypatch.setattr(module, "_abandoned", next_one_comes)
+    module._evict(path)
+    assert json.loads(path.read_text())["host"] == "next"
 
 
 def test_of_two_who_evict_at_once_the_second_leaves_the_new_lease_alone(

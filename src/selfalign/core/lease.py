@@ -145,9 +145,16 @@ def _claim(draft: Path, path: Path) -> bool:
 
 def _holder(path: Path) -> tuple[Owner | None, float]:
     try:
-        return Owner(**json.loads(path.read_text())), time.time() - path.stat().st_mtime
-    except (OSError, ValueError, TypeError):
+        return _owner(path.read_bytes()), time.time() - path.stat().st_mtime
+    except OSError:
         return None, 0.0
+
+
+def _owner(data: bytes) -> Owner | None:
+    try:
+        return Owner(**json.loads(data))
+    except (ValueError, TypeError):
+        return None
 
 
 def _abandoned(holder: Owner | None, age_s: float) -> bool:
@@ -161,5 +168,8 @@ def _evict(path: Path) -> None:
         # A file system without locks leaves a moment in which two could.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        if os.path.samestat(os.fstat(file.fileno()), path.stat()) and _abandoned(*_holder(path)):
+        # What is looked at is the open file, which nobody but whoever has the lock removes when it is abandoned: by its
+        # name it could be gone by now, and the name be somebody else's.
+        seen = os.fstat(file.fileno())
+        if os.path.samestat(seen, path.stat()) and _abandoned(_owner(file.read()), time.time() - seen.st_mtime):
             path.unlink()

@@ -57,7 +57,7 @@ class CorpusConfig(SourceConfig):
     min_chars: NonNegativeInt | None = None
     max_chars: PositiveInt | None = None
     drop_headers: tuple[HeaderKind, ...] = Field((), description="segments under headers of these kinds")
-    max_repetition: float | None = Field(None, ge=0, le=1, description="of its word n-grams, the share said before")
+    max_repetition: float | None = Field(None, ge=0, le=1, description="of its word 5-grams, the share said before")
     hook: Annotated[str | None, RecipePath] = Field(
         None, description="a Python file with `clean(text) -> str | None`: personal data, say; None drops the document"
     )

@@ -283,3 +283,17 @@ def test_a_manifest_says_the_same_after_it_was_written(artifact: Artifact) -> No
         manifest, stop="no better", metrics={"auc": None, "é": [1.5]}, versions={"torch": "2"}
     )
     assert json.loads((other.folder / "manifest.json").read_text())["ledger"] == LEDGER.to_json()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_the_files_of_a_build_may_be_read_by_whom_the_umask_lets(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        draft = tmp_path / "draft"
+        draft.mkdir()
+        (draft / "model.safetensors").touch(0o600)
+        (draft / "config.json").touch()
+        assert commit_folder(draft, tmp_path / "files")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "files").iterdir()} == {mode}

@@ -122,8 +122,8 @@ def commit_folder(draft: Path, final: Path) -> bool:
     with _explained(final):
         for path in (draft, *draft.rglob("*")):
             if path.is_file():
-                # Some writers of weights let their user alone read them, and others share the run.
-                path.chmod(0o644)
+                # Some writers of weights let their user alone read them, whatever the umask says; the folder obeys it.
+                path.chmod(draft.stat().st_mode & 0o666)
             _sync(path)
         try:
             os.rename(draft, final)

@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfalign import __version__
-from selfalign.core.errors import PreemptedError, SelfalignError, UsageError
+from selfalign.core import preemption
+from selfalign.core.errors import SelfalignError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,9 +42,8 @@ def main(argv: Sequence[str]) -> int:
     if rest:
         # argparse takes settings only where they stand together; people put them anywhere.
         arguments.overrides = [*arguments.overrides, *rest]
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        # Slurm and Kubernetes end a job with these; the code tells them to start it again.
-        signal.signal(number, _preempted)
+    # Slurm and Kubernetes end a job with signals; the code tells them to start it again.
+    preemption.handle()
     try:
         return verb(arguments)
     except SelfalignError as error:
@@ -64,10 +63,6 @@ def main(argv: Sequence[str]) -> int:
         traceback.print_exc()
         print("selfalign: this is a bug; please report the lines above", file=sys.stderr)
         return 70
-
-
-def _preempted(number: int, frame: object) -> None:
-    raise PreemptedError(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
 
 
 def run(arguments: Arguments) -> int:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +20,7 @@ import pytest
 
 from selfalign.core import lease as module
 from selfalign.core.errors import LeaseHeldError
-from selfalign.core.lease import anyone_present, lease, presence
+from selfalign.core.lease import Lease, anyone_present, lease, presence
 
 HOLD = """
 import sys, time
@@ -72,9 +74,9 @@ def left_by(path: Path, host: str, age_s: float, pid: int = 1) -> None:
 
 def test_while_it_is_held_the_file_names_the_holder_and_afterwards_nothing_is_left(path: Path, said: list[str]) -> None:
     with lease(path, False, said.append) as me:
-        assert json.loads(path.read_text())["token"] == me.token
-        assert me.host == socket.gethostname()
-        assert me.pid == os.getpid()
+        assert json.loads(path.read_text())["token"] == me.owner.token
+        assert me.owner.host == socket.gethostname()
+        assert me.owner.pid == os.getpid()
     assert list(path.parent.iterdir()) == []
     assert said == []
 
@@ -122,7 +124,7 @@ def test_a_killed_process_of_this_host_is_followed_at_once(path: Path, said: lis
         holder.kill()
         holder.wait()
     with lease(path, False, said.append) as me:
-        assert json.loads(path.read_text())["token"] == me.token
+        assert json.loads(path.read_text())["token"] == me.owner.token
     assert said == []
 
 
@@ -155,7 +157,7 @@ def test_a_process_of_another_host_is_believed_alive_for_a_minute(path: Path, sa
 def test_a_process_of_another_host_is_followed_after_a_minute_without_a_heartbeat(path: Path, said: list[str]) -> None:
     left_by(path, "elsewhere", age_s=61)
     with lease(path, False, said.append) as me:
-        assert json.loads(path.read_text())["token"] == me.token
+        assert json.loads(path.read_text())["token"] == me.owner.token
 
 
 def test_whoever_waits_has_it_as_soon_as_the_heartbeat_is_a_minute_old(
@@ -176,7 +178,7 @@ def test_whoever_waits_has_it_as_soon_as_the_heartbeat_is_a_minute_old(
 def test_a_lease_that_cannot_be_read_is_nobodys(path: Path, said: list[str]) -> None:
     path.write_text('{"host": "else')
     with lease(path, False, said.append) as me:
-        assert json.loads(path.read_text())["token"] == me.token
+        assert json.loads(path.read_text())["token"] == me.owner.token
 
 
 def test_of_many_who_find_a_dead_holder_one_at_a_time_gets_it(path: Path, quick: None) -> None:
@@ -190,7 +192,7 @@ def test_of_many_who_find_a_dead_holder_one_at_a_time_gets_it(path: Path, quick:
                 inside[0] += 1
                 worst[0] = max(worst[0], inside[0])
             time.sleep(0.002)
-            turns.append(me.token)
+            turns.append(me.owner.token)
             with guard:
                 inside[0] -= 1
 
@@ -382,3 +384,22 @@ def test_a_driver_that_arrives_is_never_seen_half_announced(tmp_path: Path) -> N
     stop.set()
     thread.join()
     assert torn == []
+
+
+def test_a_lease_that_somebody_took_over_says_so_before_anything_is_committed(path: Path) -> None:
+    with lease(path, False, lambda text: None) as mine:
+        mine.check()
+        assert pickle.loads(pickle.dumps(mine)).is_held()
+        left_by(path, "quicker", age_s=0)
+        assert not mine.is_held()
+        with pytest.raises(LeaseHeldError, match="taken over by process .* on quicker"):
+            mine.check()
+
+
+def test_a_lease_whose_holder_died_is_held_no_more(path: Path) -> None:
+    with lease(path, False, lambda text: None) as mine:
+        gone = replace(mine.owner, started="1")
+        path.write_text(json.dumps(asdict(gone)))
+        assert not Lease(path, gone).is_held()
+        path.unlink()
+        assert not mine.is_held()

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 from selfalign.core.errors import GateError
@@ -18,6 +17,7 @@ from selfalign.core.stage import (
     External,
     Log,
     MapStage,
+    Place,
     Process,
     Resources,
     Step,
@@ -132,11 +132,11 @@ class FakeTrain(BuildStage):
     def settings(self) -> dict[str, object]:
         return {"stop_below": self.stop_below}
 
-    def build(self, context: Context, folder: Path, log: Log) -> Built:
+    def build(self, context: Context, place: Place, log: Log) -> Built:
         rows = [[row.id, row.prompt] for row in context.rows("rows", Candidate)]
         log({"step": 1, "loss": 0.5})
         weights = digest([rows, context.identity("model"), context.seed])
-        (folder / "weights.json").write_text(json.dumps(weights))
+        (place.draft / "weights.json").write_text(json.dumps(weights))
         stop = f"only {len(rows)} rows" if len(rows) < self.stop_below else None
         return Built(("weights.json",), Ledger(len(rows), len(rows), len(rows)), stop=stop)
 

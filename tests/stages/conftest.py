@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from selfalign.core.lease import Lease, Owner
 from selfalign.core.protocols import Reply, Request, Sampling, Score
 from selfalign.core.records import Outcome, Record
-from selfalign.core.stage import Context, External
+from selfalign.core.stage import Context, External, Place
 from selfalign.core.store import Artifact, Manifest, commit
 from selfalign.core.tables import ledger_of, to_parquet
 
@@ -50,6 +51,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
     monkeypatch.setattr("selfalign.engines.open.open_engine", lambda config: fake)
     return fake
+
+
+def place_in(folder: Path) -> Place:
+    """Where a build without a runner works: its files go into `folder`."""
+    return Place(folder, folder / "kept", folder.name, Lease(folder / "lease.json", Owner.this_process()))
 
 
 Stored = Callable[..., Artifact]

@@ -14,7 +14,7 @@ from selfalign.core.stage import Built, Context, External
 from selfalign.core.store import Artifact
 from selfalign.engines.config import ModelConfig
 from selfalign.stages.evaluate import Evaluate, EvaluateConfig, Question, read_questions
-from stages.conftest import FakeEngine, Stored
+from stages.conftest import FakeEngine, Stored, place_in
 
 Seen = Callable[..., Context]
 PAIRS = [
@@ -46,9 +46,9 @@ class Measuring:
     ) -> tuple[Built, Artifact]:
         artifact = Artifact(self.folder / name, name)
         artifact.files.mkdir(parents=True)
-        settings = {key: more.pop(key) for key in ("template", "may_stop") if key in more}
+        settings = {key: more.pop(key) for key in ("template", "may_stop", "epoch") if key in more}
         stage = Evaluate(config or EvaluateConfig(), ModelConfig(path="x"), direction, **settings)
-        built = stage.build(self.seen(seed=self.seed, **more), artifact.files, lambda line: None)
+        built = stage.build(self.seen(seed=self.seed, **more), place_in(artifact.files), lambda line: None)
         text = (artifact.files / "metrics.json").read_text()
         assert json.loads(text, parse_constant=_refuse) == built.metrics
         assert {artifact.files / name for name in built.content} == set(artifact.files.iterdir())
@@ -173,6 +173,34 @@ def test_the_difference_to_the_base_is_paired_by_row(measured: Measuring) -> Non
 def test_nothing_is_compared_without_a_base(measured: Measuring) -> None:
     built, _ = measured()
     assert built.metrics["against_base"] is None
+
+
+def test_of_an_earlier_epoch_the_adapter_is_the_one_that_was_kept(measured: Measuring) -> None:
+    adapter = Artifact(measured.folder / "train", "t")
+    measured("last", adapter=adapter)
+    measured("first", adapter=adapter, epoch=1)
+    assert [used for *_, used in measured.engine.scored] == [adapter.files, adapter.files / "epoch-1"]
+    assert [used for *_, used in measured.engine.generated] == [adapter.files, adapter.files / "epoch-1"]
+
+
+def test_of_an_earlier_epoch_the_weights_are_those_that_were_kept(
+    measured: Measuring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[ModelConfig] = []
+    monkeypatch.setattr("selfalign.engines.open.open_engine", lambda config: opened.append(config) or measured.engine)
+    model = Artifact(measured.folder / "train", "t")
+    measured("last", model=model)
+    measured("second", model=model, epoch=2)
+    assert [config.path for config in opened] == [str(model.files), str(model.files / "epoch-2")]
+    assert all(used is None for *_, used in measured.engine.scored)
+
+
+def test_the_epoch_is_part_of_what_is_measured() -> None:
+    settings = [
+        Evaluate(EvaluateConfig(), ModelConfig(path="x"), "forward", epoch=epoch).settings() for epoch in (None, 1, 2)
+    ]
+    assert "epoch" not in settings[0]
+    assert [s.get("epoch") for s in settings[1:]] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The local backend: everything in this process."""
+"""The local backend: everything in this process, or, for a build of several ranks, in processes beside it."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,11 @@ class LocalBackend:
 
     def build(self, job: BuildJob, log: Log) -> Built:
         """See `core.protocols.Backend`."""
-        return job.stage.build(job.context, job.folder, log)
+        if (processes := job.stage.processes) is not None:
+            from selfalign.backends.torchrun import launch
+
+            return launch(job, processes, log)
+        return job.stage.build(job.context, job.place, log)
 
     def close(self) -> None:
         """Nothing is held."""

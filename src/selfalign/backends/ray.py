@@ -32,7 +32,7 @@ class Worker:
         """Run a build; its log lines come back with the result."""
         _check_code(code)
         lines: list[dict[str, float]] = []
-        return job.stage.build(job.context, job.folder, lambda line: lines.append(dict(line))), lines
+        return job.stage.build(job.context, job.place, lambda line: lines.append(dict(line))), lines
 
 
 class RayBackend:

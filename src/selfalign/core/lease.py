@@ -52,8 +52,30 @@ def _start_time(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
+@dataclass(frozen=True)
+class Lease:
+    """The right to build one artifact, as `owner` took it. Travels by pickle to the processes that build for it."""
+
+    path: Path
+    owner: Owner
+
+    def is_held(self) -> bool:
+        """Whether it is still the owner's, and the owner alive."""
+        holder, age_s = _holder(self.path)
+        return holder == self.owner and not _abandoned(holder, age_s)
+
+    def check(self) -> None:
+        """Raise LeaseHeldError where somebody else has taken over: nothing may be committed any more."""
+        holder, _ = _holder(self.path)
+        if holder != self.owner:
+            raise LeaseHeldError(
+                f"{self.path.parent.name} was taken over by {holder or 'somebody'} while this process gave no sign of "
+                "life; run again to use what they build"
+            )
+
+
 @contextmanager
-def lease(path: Path, wait: bool, say: Callable[[str], None]) -> Iterator[Owner]:
+def lease(path: Path, wait: bool, say: Callable[[str], None]) -> Iterator[Lease]:
     """Hold the lease at `path` while the block runs.
 
     Where somebody else holds it, says who, then waits (or raises LeaseHeldError when `wait` is false). Takes
@@ -80,7 +102,7 @@ def lease(path: Path, wait: bool, say: Callable[[str], None]) -> Iterator[Owner]
         draft.unlink(missing_ok=True)
     with heartbeat(path):
         try:
-            yield me
+            yield Lease(path, me)
         finally:
             holder, _ = _holder(path)
             if holder == me:

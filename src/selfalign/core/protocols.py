@@ -10,7 +10,7 @@ from pydantic import Field
 from selfalign.core.frozen import Frozen
 from selfalign.core.records import Message
 from selfalign.core.shards import ShardReport
-from selfalign.core.stage import BuildStage, Built, Context, Log, MapStage, Resources, ShardSource
+from selfalign.core.stage import BuildStage, Built, Context, Log, MapStage, Place, Resources, ShardSource
 from selfalign.core.store import Artifact
 
 
@@ -101,11 +101,11 @@ class MapJob:
 
 @dataclass(frozen=True)
 class BuildJob:
-    """A build step to be done, into `folder`."""
+    """A build step to be done at `place`."""
 
     stage: BuildStage
     context: Context
-    folder: Path
+    place: Place
     resources: Resources
 
 

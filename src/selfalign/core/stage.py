@@ -12,6 +12,7 @@ from pydantic import Field, JsonValue
 from selfalign.core.errors import InternalError
 from selfalign.core.frozen import Frozen
 from selfalign.core.identity import seed_for, step_identity
+from selfalign.core.lease import Lease
 from selfalign.core.ledger import Ledger
 from selfalign.core.records import Outcome, Record
 from selfalign.core.tables import read_kept
@@ -214,12 +215,31 @@ class Built:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a build works, in one process or in several. Travels by pickle.
+
+    What is written into `draft` becomes the artifact's files. What is in `kept` outlives a build that ends early, until
+    the artifact is complete: before anything is committed there, `lease` must have been checked.
+    """
+
+    draft: Path
+    kept: Path
+    identity: str
+    lease: Lease
+
+
+@dataclass(frozen=True)
 class BuildStage(Stage):
-    """Rows → files: training, evaluation. One process at a time, under a lease."""
+    """Rows → files: training, evaluation. One build at a time, under a lease."""
+
+    @property
+    def processes(self) -> int | None:
+        """How many processes build together, each with its RANK; None where the driver itself does."""
+        return None
 
     @abstractmethod
-    def build(self, context: Context, folder: Path, log: Log) -> Built:
-        """Write the files into `folder`."""
+    def build(self, context: Context, place: Place, log: Log) -> Built:
+        """Write the files into `place.draft`. Of several processes that build, the result of rank 0 counts."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 ```
 run.json  recipe.json  artifacts/<stage>-<identity>/{shard-00000.parquet … | files/}  metrics.jsonl  manifest.json
+                       while a build is under way: lease.json  draft-<token>/  kept/ (checkpoints)
 ```
 """
 
@@ -52,6 +53,11 @@ class Artifact:
     def files(self) -> Path:
         """Where a build's files lie."""
         return self.folder / "files"
+
+    @property
+    def kept(self) -> Path:
+        """What a build keeps for the case that it is ended early."""
+        return self.folder / "kept"
 
     @property
     def name(self) -> str:

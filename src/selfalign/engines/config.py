@@ -1,6 +1,9 @@
 """Which model, in which precision, run by which engine: the recipe's `model` section."""
 
 import os
+import re
+import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +25,10 @@ class ModelConfig(Frozen):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantisation: Literal["nf4", "int8"] | None = None
+    double_quantisation: bool = Field(True, description="nf4: quantise its scales too, .4 bits a weight less")
+    quantisation_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
+        "uint8", description="nf4: the type that holds the packed weights; under DeepSpeed uint8 or the dtype"
+    )
     engine: Literal["transformers", "scripted"] = "transformers"
     slots: PositiveInt = Field(16, description="sequences in one batch")
     threads: PositiveInt = Field(1, description="CPU threads; they decide the last bits of a sum")
@@ -52,8 +59,45 @@ def has_accelerator() -> bool:
     return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
 
 
+def has_bfloat16() -> bool:
+    """Whether all visible GPUs compute in bfloat16: NVIDIA's do from compute capability 8.0, which a T4 is below.
+
+    Told without importing torch. Where the driver's tool does not tell, they do: then loading will show it.
+    """
+    known = _compute_capabilities(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return all(capability >= 8.0 for capability in known)
+
+
+@cache
+def _compute_capabilities(visible: str | None) -> tuple[float, ...]:
+    """Of the GPUs that `visible` names by number or by the beginning of a UUID (None: of all), as far as known."""
+    command = ["nvidia-smi", "--query-gpu=index,uuid,compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    wanted = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
+    # Anything else is a remark: that there is no device, or a field that an old driver cannot tell.
+    rows = re.findall(r"^(\d+), (\S+), (\d+\.\d+)$", told, re.MULTILINE)
+    return tuple(
+        float(capability)
+        for index, uuid, capability in rows
+        if wanted is None or index in wanted or uuid.startswith(tuple(w for w in wanted if not w.isdecimal()))
+    )
+
+
 def on_this_machine(config: ModelConfig) -> ModelConfig:
-    """`config` as it will really be loaded here: without an accelerator, float32; NF4 works on a CPU and stays."""
-    if has_accelerator():
-        return config
-    return config.model_copy(update={"dtype": "float32"})
+    """`config` as it will really be loaded here: float32 without an accelerator, where NF4 works and stays, and
+    float16 where the GPU has no bfloat16."""
+    if not has_accelerator():
+        return _in(config, "float32")
+    if config.dtype == "bfloat16" and not has_bfloat16():
+        return _in(config, "float16")
+    return config
+
+
+def _in(config: ModelConfig, dtype: str) -> ModelConfig:
+    """`config` in another dtype."""
+    # What packed weights are held in goes with it: DeepSpeed casts it as it casts weights.
+    held = dtype if config.quantisation_storage == config.dtype else config.quantisation_storage
+    return config.model_copy(update={"dtype": dtype, "quantisation_storage": held})

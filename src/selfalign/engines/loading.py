@@ -34,8 +34,11 @@ def load_tokenizer(config: ModelConfig, setting: str = "model.path") -> "PreTrai
     return tokenizer
 
 
-def load_model(config: ModelConfig) -> "PreTrainedModel":
-    """The base model in its dtype and quantisation, on the accelerator where there is one, in eval mode."""
+def load_model(config: ModelConfig, sharded: bool = False) -> "PreTrainedModel":
+    """The base model in its dtype and quantisation, on this rank's accelerator where there is one, in eval mode.
+
+    `sharded`: DeepSpeed places it, in pieces.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -45,19 +48,20 @@ def load_model(config: ModelConfig) -> "PreTrainedModel":
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
+            bnb_4bit_use_double_quant=config.double_quantisation,
+            bnb_4bit_quant_storage=getattr(torch, config.quantisation_storage),
             bnb_4bit_compute_dtype=dtype,
         )
     elif config.quantisation == "int8":
         extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     model = _fetch(
         AutoModelForCausalLM,
         config,
         "model.path",
         use_safetensors=True,
         dtype=dtype,
-        device_map={"": device},
+        device_map=None if sharded else {"": device},
         **extra,
     )
     if device == "cpu":

@@ -22,7 +22,7 @@ _ARTIFACT = re.compile(r"[a-z_]+(\.[a-z_]+)?-[0-9a-f]{16}")
 _DRAFT = re.compile(r"\.[\w.-]+\.(json|parquet|html)\.[0-9a-f]{12}")
 _GOING = re.compile(r"\.[\w.-]+\.gone\.[0-9a-f]{12}")
 _JOURNAL = re.compile(r"journal-(\d{5})\.jsonl")
-_PART = re.compile(r"(manifest|lease)\.json|metrics\.jsonl|shard-\d{5}\.parquet|files|tmp|draft-[0-9a-f]+")
+_PART = re.compile(r"(manifest|lease)\.json|metrics\.jsonl|shard-\d{5}\.parquet|files|kept|draft-[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,10 @@ def _within(folder: Path) -> Iterator[Garbage]:
         journal = _JOURNAL.fullmatch(path.name)
         if journal and path.is_file() and artifact.shard(int(journal[1])).name in shards:
             yield _garbage(path, "a journal of a shard that is complete")
-        elif path.is_dir() and (path.name.startswith("draft-") or path.name == "tmp"):
+        elif path.is_dir() and path.name.startswith("draft-"):
             yield _garbage(path, "a build that was not finished")
+        elif path == artifact.kept and path.is_dir() and (folder / "manifest.json").exists():
+            yield _garbage(path, "checkpoints of a build that is complete")
         elif path == artifact.files and path.is_dir() and not (folder / "manifest.json").exists():
             yield _garbage(path, "a build whose manifest was never written")
         elif path.name == "lease.json" and path.is_file():

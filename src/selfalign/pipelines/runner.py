@@ -12,14 +12,26 @@ from typing import Literal, Protocol
 
 from pydantic import JsonValue
 
+from selfalign.core import preemption
 from selfalign.core.errors import GateError, InternalError, LeaseHeldError, SelfalignError, StorageError, UsageError
 from selfalign.core.identity import code_digest, file_digest
-from selfalign.core.lease import Owner, lease, presence
+from selfalign.core.lease import Lease, lease, presence
 from selfalign.core.ledger import Ledger, total
 from selfalign.core.protocols import Backend, BuildJob, MapJob
 from selfalign.core.records import Record, SourcePart
 from selfalign.core.shards import ShardReport, input_rows, shard_ledger
-from selfalign.core.stage import BuildStage, Context, External, MapStage, Rows, ShardSource, Stage, Step, WholeStage
+from selfalign.core.stage import (
+    BuildStage,
+    Context,
+    External,
+    MapStage,
+    Place,
+    Rows,
+    ShardSource,
+    Stage,
+    Step,
+    WholeStage,
+)
 from selfalign.core.store import (
     Artifact,
     Manifest,
@@ -36,7 +48,7 @@ State = Literal["done", "running", "waiting", "skipped", "failed"]
 # Libraries that may decide bytes.
 VERSIONS = (
     *("selfalign", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "pyarrow"),
-    *("numpy", "selectolax", "py3langid"),
+    *("accelerate", "deepspeed", "liger_kernel", "flash_attn", "numpy", "selectolax", "py3langid"),
 )
 
 
@@ -250,16 +262,18 @@ class Runner:
         return self._finish(step, artifact, ledger, [artifact.shard(n).name for n in range(len(ledgers))])
 
     def _build(self, step: Step, stage: BuildStage, context: Context, artifact: Artifact) -> Manifest:
-        with lease(artifact.folder / "lease.json", self.wait, self.listener.note) as owner:
-            if (manifest := artifact.manifest()) is not None:
-                return manifest
-            # What a dead builder left: drafts, or files whose manifest it never wrote.
-            for leftover in [*artifact.folder.glob("draft-*"), artifact.files]:
-                shutil.rmtree(leftover, ignore_errors=True)
-            return self._build_under(owner, step, stage, context, artifact)
+        path = artifact.folder / "lease.json"
+        with preemption.delivered(), lease(path, self.wait, self.listener.note) as held:
+            if (manifest := artifact.manifest()) is None:
+                # What a dead builder left: drafts, or files whose manifest it never wrote.
+                for leftover in [*artifact.folder.glob("draft-*"), artifact.files]:
+                    shutil.rmtree(leftover, ignore_errors=True)
+                manifest = self._build_under(held, step, stage, context, artifact)
+            shutil.rmtree(artifact.kept, ignore_errors=True)
+            return manifest
 
     def _build_under(
-        self, owner: Owner, step: Step, stage: BuildStage, context: Context, artifact: Artifact
+        self, held: Lease, step: Step, stage: BuildStage, context: Context, artifact: Artifact
     ) -> Manifest:
         started = time.monotonic()
         self.listener.step_started(step, None)
@@ -268,9 +282,10 @@ class Runner:
             self._measure(artifact, line)
             self.listener.logged(step, line)
 
-        draft = artifact.folder / f"draft-{owner.token}"
+        draft = artifact.folder / f"draft-{held.owner.token}"
         draft.mkdir()
-        built = self.backend.build(BuildJob(stage, context, draft, step.resources), log)
+        place = Place(draft, artifact.kept, artifact.identity, held)
+        built = self.backend.build(BuildJob(stage, context, place, step.resources), log)
         if not commit_folder(draft, artifact.files):
             raise LeaseHeldError(f"{artifact.name}: somebody else took over and committed it; run again to use it")
         self._measure(artifact, {"tokens": built.tokens, "seconds": time.monotonic() - started})

@@ -15,7 +15,7 @@ from selfalign.core.frozen import Frozen, RecipePath
 from selfalign.core.ledger import Ledger
 from selfalign.core.protocols import Engine, Request, Sampling
 from selfalign.core.records import Message, Pair, SeedPair
-from selfalign.core.stage import BuildStage, Built, Context, Log, Settings
+from selfalign.core.stage import BuildStage, Built, Context, Log, Place, Settings
 from selfalign.engines.config import ModelConfig
 from selfalign.evaluation.metrics import (
     Interval,
@@ -25,7 +25,7 @@ from selfalign.evaluation.metrics import (
     paired_difference,
     proportion_interval,
 )
-from selfalign.stages.models import open_model
+from selfalign.stages.models import model_at, open_model
 from selfalign.stages.prompting import chat, fill
 
 Direction = Literal["backward", "forward"]
@@ -89,7 +89,8 @@ class Evaluate(BuildStage):
     """Held-out loss, matches on questions, and some replies to read.
 
     Inputs: `model` and, for an adapter, `adapter`; `seed`, the picked pairs; `questions` if there are any; `base`,
-    the same measurement of the base, and `before`, that of the round before.
+    the same measurement of the base, and `before`, that of the round before. With `epoch`, the model is the one that
+    its training kept of that epoch, from 1.
     """
 
     name: ClassVar[str] = "evaluate"
@@ -98,6 +99,7 @@ class Evaluate(BuildStage):
     direction: Direction
     template: str = field(default="{response}")
     may_stop: bool = False
+    epoch: int | None = None
 
     def settings(self) -> Settings:
         settings: dict[str, Frozen | JsonValue] = {
@@ -112,10 +114,12 @@ class Evaluate(BuildStage):
             settings["system"] = self.config.system
         if self.may_stop:
             settings["min_gain"] = self.config.min_gain
+        if self.epoch is not None:
+            settings["epoch"] = self.epoch
         return settings
 
-    def build(self, context: Context, folder: Path, log: Log) -> Built:
-        engine, adapter = open_model(self.model, context)
+    def build(self, context: Context, place: Place, log: Log) -> Built:
+        engine, adapter = self._open(context)
         tokens = engine.tokens
         pairs = [pair for pair in context.rows("seed", SeedPair) if pair.split == "held_out"]
         losses, unmeasured = self._losses(engine, adapter, pairs)
@@ -128,13 +132,23 @@ class Evaluate(BuildStage):
             "exact_match": _share(right) if questions else None,
             "against_base": _differences(losses, right, base) if base else None,
         }
-        _write(folder / "held_out.jsonl", [{"id": id, "nats_per_token": loss} for id, loss in losses.items()])
-        _write(folder / "replies.jsonl", replies)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
+        _write(place.draft / "held_out.jsonl", [{"id": id, "nats_per_token": loss} for id, loss in losses.items()])
+        _write(place.draft / "replies.jsonl", replies)
+        (place.draft / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
         before = _rows(context, "before")
         stop = self._stop(losses, right, before) if self.may_stop and before else None
         names = ("held_out.jsonl", "replies.jsonl", "metrics.json")
         return Built(names, ledger, metrics, engine.tokens - tokens, stop)
+
+    def _open(self, context: Context) -> tuple[Engine, Path | None]:
+        if self.epoch is None:
+            return open_model(self.model, context)
+        from selfalign.engines.open import open_engine
+
+        model, kept = model_at(self.model, context), f"epoch-{self.epoch}"
+        if "adapter" in context.inputs:
+            return open_engine(model), context.path("adapter") / kept
+        return open_engine(model.model_copy(update={"path": str(context.path("model") / kept)})), None
 
     def _prompt(self, text: str) -> tuple[Message, ...]:
         if self.direction == "backward":

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field, JsonValue, PositiveInt
@@ -10,7 +9,7 @@ from pydantic import Field, JsonValue, PositiveInt
 from selfalign.core.errors import GateError
 from selfalign.core.ledger import Ledger
 from selfalign.core.records import Example
-from selfalign.core.stage import BuildStage, Built, Context, Log, Settings
+from selfalign.core.stage import BuildStage, Built, Context, Log, Place, Settings
 from selfalign.engines.config import ModelConfig
 from selfalign.engines.open import release
 from selfalign.stages.compose import ComposeConfig
@@ -31,7 +30,8 @@ class ForwardConfig(TrainConfig, ComposeConfig):
         """The hyper-parameters of M_k alone."""
         config = TrainConfig(**self.model_dump(include=set(TrainConfig.model_fields)))
         if k == 0 and self.seed_max_steps is not None:
-            return config.model_copy(update={"max_steps": self.seed_max_steps})
+            # M0 goes by steps, which end inside an epoch.
+            return config.model_copy(update={"max_steps": self.seed_max_steps, "keep_epochs": False})
         return config
 
 
@@ -47,9 +47,18 @@ class Train(BuildStage):
     def settings(self) -> Settings:
         # Slots are the engine's: fewer of them, after it ran out of memory, must not retrain the model.
         loading: JsonValue = {key: value for key, value in self.model.loading().items() if key != "slots"}
-        return {"training": self.config, "engine": loading}
+        # When it saves and logs decides no weight.
+        quiet = {"save_strategy", "save_steps", "logging_steps"}
+        return {"training": self.config.model_dump(mode="json", exclude=quiet), "engine": loading}
 
-    def build(self, context: Context, folder: Path, log: Log) -> Built:
+    @property
+    def processes(self) -> int | None:
+        """Ranks of their own where there are several, or where DeepSpeed wants to be launched."""
+        alone = self.config.num_processes == 1 and self.config.deepspeed is None
+        return None if alone else self.config.num_processes
+
+    def build(self, context: Context, place: Place, log: Log) -> Built:
+        from selfalign.training.checkpoints import Checkpoints
         from selfalign.training.sft import train
 
         # The card holds one model: the engine that generated or rated gives way.
@@ -62,8 +71,9 @@ class Train(BuildStage):
             there = len(context.rows("match", Example))
             config = config.model_copy(update={"max_steps": round(config.max_steps * len(examples) / there)})
         seed = context.seed if config.seed is None else config.seed
-        trained = train(examples, self.model, config, folder, seed, log)
-        (folder / "preflight.txt").write_text(trained.preflight.text() + "\n", encoding="utf-8")
+        checkpoints = Checkpoints(place.kept, place.identity, place.lease)
+        trained = train(examples, self.model, config, place.draft, seed, log, checkpoints)
+        (place.draft / "preflight.txt").write_text(trained.preflight.text() + "\n", encoding="utf-8")
         rows, too_long = int(trained.metrics["rows"]), int(trained.metrics["too_long"])
         ledger = Ledger(len(examples), len(examples), rows, Counter({"too_long": too_long} if too_long else {}))
         return Built(trained.content, ledger, dict(trained.metrics), int(trained.metrics["tokens"]))

@@ -19,7 +19,7 @@ from selfalign.core.store import Manifest
 from selfalign.engines.config import ModelConfig
 from selfalign.stages.curate.calibrate import Calibrate, plant, truncated
 from selfalign.stages.curate.config import CurateConfig
-from stages.conftest import FakeEngine, Stored
+from stages.conftest import FakeEngine, Stored, place_in
 
 Seen = Callable[..., Context]
 
@@ -118,7 +118,7 @@ def calibrated(
         monkeypatch.setattr("selfalign.engines.open.open_engine", lambda config: engine)
         folder = tmp_path_factory.mktemp("draft")
         stage = Calibrate(CurateConfig(**config), ModelConfig(path="x"))
-        built = stage.build(seen(seed, seed=stored(folder.name, rows, SeedPair)), folder, lambda line: None)
+        built = stage.build(seen(seed, seed=stored(folder.name, rows, SeedPair)), place_in(folder), lambda line: None)
         lines = (folder / "planted.jsonl").read_text().splitlines()
         metrics = json.loads((folder / "metrics.json").read_text(), parse_constant=_refuse)
         assert metrics == built.metrics

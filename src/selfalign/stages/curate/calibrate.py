@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 from pydantic import JsonValue
@@ -14,7 +13,7 @@ from pydantic import JsonValue
 from selfalign.core.errors import GateError
 from selfalign.core.ledger import Ledger
 from selfalign.core.records import Pair, SeedPair
-from selfalign.core.stage import BuildStage, Built, Context, Log, Settings
+from selfalign.core.stage import BuildStage, Built, Context, Log, Place, Settings
 from selfalign.core.store import Manifest
 from selfalign.engines.config import ModelConfig
 from selfalign.evaluation.metrics import auc, auc_interval
@@ -83,7 +82,7 @@ class Calibrate(BuildStage):
     def gates(self) -> Settings:
         return {"min_auc": self.config.min_auc, "min_rated": self.config.min_rated}
 
-    def build(self, context: Context, folder: Path, log: Log) -> Built:
+    def build(self, context: Context, place: Place, log: Log) -> Built:
         held_out = [pair for pair in context.rows("seed", SeedPair) if pair.split == "held_out"]
         planted = plant(held_out, random.Random(context.seed_for("planted")))
         engine, adapter = open_model(self.model, context)
@@ -91,7 +90,7 @@ class Calibrate(BuildStage):
         verdicts = rate(engine, adapter, [(p.id, p.prompt, p.completion) for p in planted], self.config, self.prompt)
         ratings: dict[str, list[float]] = {"seed": []}
         unrated: Counter[str] = Counter()
-        with (folder / "planted.jsonl").open("w") as file:
+        with (place.draft / "planted.jsonl").open("w") as file:
             for pair, verdict in zip(planted, verdicts, strict=True):
                 reason = why_unrated(verdict["rating"], verdict["unrated"], verdict["off_scale"], self.config)
                 if reason is None and verdict["rating"] is not None:
@@ -100,7 +99,7 @@ class Calibrate(BuildStage):
                     unrated[reason] += 1
                 file.write(json.dumps({"id": pair.id, "kind": pair.kind, **verdict, "unrated": reason}) + "\n")
         metrics = _metrics(ratings, unrated, len(planted))
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
+        (place.draft / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
         rated = sum(map(len, ratings.values()))
         ledger = Ledger(len(held_out), len(planted), rated, unrated)
         return Built(("planted.jsonl", "metrics.json"), ledger, metrics, engine.tokens - tokens)

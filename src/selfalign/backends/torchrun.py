@@ -1,0 +1,131 @@
+"""A build in several processes of this machine, launched by torchrun: `python -m selfalign.backends.torchrun JOB`."""
+
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from selfalign.core import preemption
+from selfalign.core.errors import InternalError, LeaseHeldError, PreemptedError, SelfalignError
+from selfalign.core.lease import Lease
+from selfalign.core.protocols import BuildJob
+from selfalign.core.stage import Built, Log
+
+_logger = logging.getLogger(__name__)
+
+LOOK_S = 0.2
+JOB, LINES, BUILT = "job", "lines.jsonl", "built"
+
+
+def launch(job: BuildJob, processes: int, log: Log) -> Built:
+    """Run `job` in `processes` ranks, and return what rank 0 built. Raises what a rank raised.
+
+    A request to end is handed on to the ranks, which save themselves. What they write to their standard output and
+    error goes to `ranks.log` in the place's `kept`.
+    """
+    job.place.kept.mkdir(parents=True, exist_ok=True)
+    output = job.place.kept / "ranks.log"
+    with tempfile.TemporaryDirectory(prefix="selfalign-") as name, output.open("ab") as file:
+        folder = Path(name)
+        (folder / JOB).write_bytes(pickle.dumps(job))
+        (folder / LINES).touch()
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, "-m", *torchrun, "--module", __name__, str(folder / JOB)]
+        # torchrun warns of what it then sets itself.
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        preemption.defer()
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+        try:
+            with (folder / LINES).open() as lines:
+                _follow(process, lines, log)
+        finally:
+            process.terminate()
+            process.wait()
+        if (folder / BUILT).exists():
+            built: Built = pickle.loads((folder / BUILT).read_bytes())
+            return built
+        preemption.deliver()
+        # The first that failed. What was ended because of it saved itself, and is no news.
+        for path in sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns):
+            error: SelfalignError = pickle.loads(path.read_bytes())
+            if not isinstance(error, PreemptedError):
+                raise error
+    raise InternalError(
+        f"the ranks ended with {process.returncode} without saying why: one was killed (too little memory?), or this "
+        f"is a bug; {output} has their last words"
+    )
+
+
+def _follow(process: "subprocess.Popen[bytes]", lines: IO[str], log: Log) -> None:
+    """Hand on what rank 0 logs, and to the ranks a request to end, until they have ended."""
+    told, running, unfinished = False, True, ""
+    while running:
+        running = process.poll() is None
+        if preemption.asked() and not told:
+            told = True
+            process.terminate()
+        while line := lines.readline():
+            unfinished += line
+            if not line.endswith("\n"):
+                continue
+            said, unfinished = json.loads(unfinished), ""
+            if "figures" in said:
+                log(said["figures"])
+            else:
+                logging.getLogger(said["logger"]).log(said["level"], "%s", said["message"])
+        if running:
+            time.sleep(LOOK_S)
+
+
+def main(path: Path) -> int:
+    """One rank. Returns the exit code; the result, or the error, lies beside the job."""
+    preemption.handle()
+    job: BuildJob = pickle.loads(path.read_bytes())
+    threading.Thread(target=_end_without, args=(job.place.lease,), daemon=True).start()
+    mine = int(os.environ["RANK"])
+    with (path.parent / LINES).open("a", buffering=1) as lines:
+
+        def say(line: Mapping[str, object]) -> None:
+            if mine == 0:
+                lines.write(json.dumps(line) + "\n")
+
+        class Handler(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                say({"logger": record.name, "level": record.levelno, "message": record.getMessage()})
+
+        ours = logging.getLogger("selfalign")
+        ours.addHandler(Handler())
+        ours.setLevel(logging.INFO)
+        try:
+            built = job.stage.build(job.context, job.place, lambda figures: say({"figures": dict(figures)}))
+        except SelfalignError as error:
+            _write(path.parent / f"error-{mine}", error)
+            return error.exit_code
+    if mine == 0:
+        _write(path.parent / BUILT, built)
+    return 0
+
+
+def _write(path: Path, value: object) -> None:
+    draft = path.with_name(f".{path.name}")
+    draft.write_bytes(pickle.dumps(value))
+    draft.rename(path)
+
+
+def _end_without(lease: Lease) -> None:
+    """End this process when its driver is dead, or somebody else builds: nobody would use what it makes."""
+    while lease.is_held():
+        time.sleep(1)
+    os._exit(LeaseHeldError.exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

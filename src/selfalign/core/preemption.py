@@ -1,0 +1,84 @@
+"""A cluster's request to end (SIGTERM, SIGUSR1): at once, or as soon as the work under way has been saved."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from selfalign.core.errors import PreemptedError
+
+PATIENCE_S = 12.0
+"""How long a request waits for somebody to look. A cluster gives half a minute or so, and saving takes its part."""
+
+_asked: int | None = None
+_deferred = False
+
+
+def handle() -> None:
+    """Turn the signals into PreemptedError in this process's main thread, where the caller must be."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _received)
+    signal.signal(signal.SIGALRM, _nobody_looked)
+
+
+def defer() -> None:
+    """From now on a request waits: whoever calls this looks at `asked` every few seconds, saves, and ends."""
+    global _deferred
+    _deferred = True
+
+
+def asked() -> bool:
+    """Whether a request waits. Whoever is told so has all the time that the cluster gives."""
+    if _asked is not None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return _asked is not None
+
+
+def deliver() -> None:
+    """Raise PreemptedError for a request that waits. From now on none waits any more."""
+    global _deferred
+    number = _asked
+    _deferred = False
+    _forget()
+    if number is not None:
+        raise _error(number)
+
+
+@contextmanager
+def delivered() -> Iterator[None]:
+    """Around work that may defer requests: one that still waits when it is done is delivered then."""
+    global _deferred
+    try:
+        yield
+    except BaseException:
+        _deferred = False
+        _forget()
+        raise
+    deliver()
+
+
+def _forget() -> None:
+    global _asked
+    if _asked is not None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    _asked = None
+
+
+def _received(number: int, _: FrameType | None) -> None:
+    global _asked
+    if not _deferred:
+        raise _error(number)
+    if _asked is None:
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
+    _asked = number
+
+
+def _nobody_looked(_: int, __: FrameType | None) -> None:
+    raise PreemptedError(
+        f"stopped; the step under way did not end within {PATIENCE_S:.0f} s, so that what came after the last "
+        "checkpoint is lost (save_steps); the same command goes on from there"
+    )
+
+
+def _error(number: int) -> PreemptedError:
+    return PreemptedError(f"stopped by {signal.Signals(number).name}; the same command goes on from here")

@@ -1,0 +1,121 @@
+"""Checkpoints of a training: there whole or not at all, and used only when every byte is what was written."""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from selfalign.core.errors import MismatchError, StorageError
+from selfalign.core.identity import digest, file_digest
+from selfalign.core.lease import Lease
+from selfalign.core.store import commit_folder
+
+_logger = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+KEEP = 2
+"""How many checkpoints stay: the newest, and one for the case that the newest is damaged."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one training in `folder`, and the models that it keeps of its epochs.
+
+    A checkpoint is a folder `step-00000100` with a marker, written last, that names the training's `identity` and every
+    file with its SHA-256. Optimiser and random states are pickles: nothing is loaded that a marker does not list.
+    """
+
+    folder: Path
+    identity: str
+    lease: Lease
+
+    def draft(self) -> Path:
+        """A folder for what is not committed yet."""
+        return self.folder / f"draft-{self.lease.owner.token}"
+
+    def commit(self, written: Path, step: int) -> None:
+        """Give the folder `written` its name, with the marker, and remove all but the newest checkpoints.
+
+        Raises LeaseHeldError where somebody else has taken the build over.
+        """
+        self._commit(written, self.folder / f"step-{step:08d}")
+        for old in self._steps()[:-KEEP]:
+            shutil.rmtree(old)
+
+    def commit_epoch(self, written: Path, epoch: int) -> None:
+        """Keep the model of an epoch. What is there already, from before a checkpoint was resumed from, stays."""
+        self._commit(written, self.epoch(epoch))
+
+    def epoch(self, number: int) -> Path:
+        """The folder of the model of an epoch, counted from 1."""
+        return self.folder / f"epoch-{number}"
+
+    def take_epoch(self, number: int, folder: Path) -> None:
+        """Move the model of an epoch to `folder`. Raises StorageError where it is not what was written."""
+        path = self.epoch(number)
+        if fault := _fault(path):
+            raise StorageError(f"{path}: {fault}; delete {self.folder} and run again")
+        (path / MARKER).unlink()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(folder)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole. Torn ones are named in a warning and removed, as drafts are.
+
+        Raises MismatchError for a checkpoint of another training.
+        """
+        for leftover in self.folder.glob("draft-*"):
+            shutil.rmtree(leftover)
+        for path in reversed(self._steps()):
+            if fault := _fault(path):
+                _logger.warning("the checkpoint %s is skipped: %s", path, fault)
+                shutil.rmtree(path)
+                continue
+            if (theirs := _marker(path)["identity"]) != self.identity:
+                raise MismatchError(
+                    f"{path} is a checkpoint of another training ({theirs}, this one is {self.identity}): its recipe "
+                    f"or its data differ. Delete {self.folder} to begin anew"
+                )
+            return path
+        return None
+
+    def _commit(self, written: Path, final: Path) -> None:
+        files: JsonValue = {name: file_digest(written / name) for name in _names(written)}
+        content: dict[str, JsonValue] = {"identity": self.identity, "files": files}
+        (written / MARKER).write_text(json.dumps({**content, "sha256": digest(content)}, indent=1))
+        self.lease.check()
+        commit_folder(written, final)
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-????????"))
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+
+
+def _marker(path: Path) -> dict[str, str]:
+    content: dict[str, str] = json.loads((path / MARKER).read_bytes())
+    return content
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None where it is whole."""
+    try:
+        marker = json.loads((path / MARKER).read_bytes())
+        files = marker["files"]
+        if marker.pop("sha256") != digest(marker):
+            return f"its {MARKER} is damaged"
+        there = set(_names(path)) - {MARKER}
+        if odd := there.symmetric_difference(files):
+            missing = min(odd) in files
+            return f"{min(odd)} is missing" if missing else f"it holds {min(odd)}, which its {MARKER} does not list"
+        damaged = next((name for name in sorted(files) if file_digest(path / name) != files[name]), None)
+    except FileNotFoundError:
+        return f"it has no {MARKER}, so that its writing was not finished"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MARKER} is damaged"
+    return None if damaged is None else f"{damaged} is not what was written"

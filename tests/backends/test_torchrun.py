@@ -1,0 +1,115 @@
+"""Builds of several ranks: launched, heard, ended, and never left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from backends.ranked import Ranked
+from selfalign.backends.local import LocalBackend
+from selfalign.core import preemption
+from selfalign.core.errors import GateError, InternalError, PreemptedError
+from selfalign.core.lease import Lease, Owner
+from selfalign.core.protocols import BuildJob
+from selfalign.core.stage import Built, Context, Place, Resources
+
+pytestmark = pytest.mark.train
+
+DRIVER = """
+import sys
+from pathlib import Path
+from backends.ranked import Ranked
+from backends.test_torchrun import build
+build(Ranked(sys.argv[1]), Path(sys.argv[2]), [])
+"""
+
+
+def build(stage: Ranked, folder: Path, logged: list[dict[str, float]]) -> Built:
+    me = Owner.this_process()
+    (folder / "lease.json").write_text(json.dumps(asdict(me)))
+    (folder / "draft").mkdir()
+    place = Place(folder / "draft", folder / "kept", "identity", Lease(folder / "lease.json", me))
+    job = BuildJob(stage, Context("ranked", 0, {}), place, Resources())
+    return LocalBackend().build(job, lambda line: logged.append(dict(line)))
+
+
+@pytest.fixture
+def handled() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers]
+    preemption.handle()
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def eventually(holds: Callable[[], bool], within_s: float = 60) -> None:
+    end = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def both_ranks_are_there(folder: Path) -> bool:
+    return all((folder / "kept" / f"rank-{n}").exists() for n in (0, 1))
+
+
+def lives(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_all_ranks_build_and_rank_0_says_what_came_of_it(tmp_path: Path) -> None:
+    logged: list[dict[str, float]] = []
+    built = build(Ranked(), tmp_path, logged)
+    assert built.metrics == {"rank": 0}
+    assert logged == [{"step": 0.0}]
+    assert {p.name: p.read_text() for p in (tmp_path / "draft").iterdir()} == {"rank-0": "2", "rank-1": "2"}
+
+
+def test_what_a_rank_raises_is_raised_and_the_others_end(tmp_path: Path) -> None:
+    with pytest.raises(GateError, match="nan at step 3"):
+        build(Ranked("gate"), tmp_path, [])
+    assert not lives(int((tmp_path / "kept" / "rank-0").read_text()))
+
+
+def test_the_last_words_of_a_rank_that_dies_can_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InternalError, match=r"ranks\.log has their last words"):
+        build(Ranked("crash"), tmp_path, [])
+    assert "the last words of rank 1" in (tmp_path / "kept" / "ranks.log").read_text()
+    assert not lives(int((tmp_path / "kept" / "rank-0").read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_to_end_reaches_every_rank_which_saves(tmp_path: Path, handled: None, number: signal.Signals) -> None:
+    def ask() -> None:
+        eventually(lambda: both_ranks_are_there(tmp_path))
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    with pytest.raises(PreemptedError, match=number.name):
+        build(Ranked("save"), tmp_path, [])
+    thread.join()
+    assert {p.name for p in (tmp_path / "kept").glob("saved-*")} == {"saved-0", "saved-1"}
+
+
+def test_ranks_do_not_outlive_a_driver_that_was_killed(tmp_path: Path) -> None:
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, "wait", str(tmp_path)])
+    eventually(lambda: both_ranks_are_there(tmp_path))
+    ranks = [int((tmp_path / "kept" / f"rank-{n}").read_text()) for n in (0, 1)]
+    assert all(map(lives, ranks))
+    driver.kill()
+    driver.wait()
+    eventually(lambda: not any(map(lives, ranks)), within_s=20)

@@ -1,0 +1,78 @@
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from selfalign.core import preemption
+from selfalign.core.errors import GateError, PreemptedError
+
+
+@pytest.fixture(autouse=True)
+def _handled() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers]
+    preemption.handle()
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def ask(number: signal.Signals = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_ends_work_that_cannot_save_itself_at_once(number: signal.Signals) -> None:
+    with pytest.raises(PreemptedError, match=number.name):
+        ask(number)
+
+
+def test_a_deferred_request_waits_until_the_work_is_done() -> None:
+    done = False
+    with pytest.raises(PreemptedError, match="SIGTERM"), preemption.delivered():
+        preemption.defer()
+        assert not preemption.asked()
+        ask()
+        assert preemption.asked()
+        done = True
+    assert done
+    with pytest.raises(PreemptedError):
+        ask()
+
+
+def test_a_request_that_the_work_ended_for_is_told_once() -> None:
+    with pytest.raises(PreemptedError), preemption.delivered():
+        preemption.defer()
+        ask()
+        preemption.deliver()
+    with preemption.delivered():
+        pass
+
+
+def test_an_error_of_the_work_is_told_and_later_requests_end_at_once() -> None:
+    with pytest.raises(GateError), preemption.delivered():
+        preemption.defer()
+        ask()
+        raise GateError("no number")
+    with pytest.raises(PreemptedError):
+        ask()
+
+
+def test_a_request_that_nobody_looks_at_ends_the_work_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "PATIENCE_S", 0.05)
+    with pytest.raises(PreemptedError, match="last checkpoint"), preemption.delivered():
+        preemption.defer()
+        ask()
+        time.sleep(5)
+
+
+def test_whoever_has_looked_may_take_the_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "PATIENCE_S", 0.05)
+    with pytest.raises(PreemptedError, match="SIGTERM"), preemption.delivered():
+        preemption.defer()
+        ask()
+        assert preemption.asked()
+        time.sleep(0.1)

@@ -1,0 +1,146 @@
+"""A checkpoint counts when every byte is what was written; else the one before counts."""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from selfalign.core.errors import LeaseHeldError, MismatchError, StorageError
+from selfalign.core.lease import Lease, Owner
+from selfalign.training.checkpoints import MARKER, Checkpoints
+
+FILES = {"model.safetensors": 300, "optimizer.pt": 200, "global_step2/zero_pp_rank_0.pt": 50, "empty": 0}
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    me = Owner.this_process()
+    (tmp_path / "lease.json").write_text(json.dumps(asdict(me)))
+    return Checkpoints(tmp_path / "kept", "identity-1", Lease(tmp_path / "lease.json", me))
+
+
+def written(checkpoints: Checkpoints, name: str = "checkpoint") -> Path:
+    chance = random.Random(0)
+    for file, size in FILES.items():
+        path = checkpoints.draft() / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(chance.randbytes(size))
+    return checkpoints.draft() / name
+
+
+def commit(checkpoints: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        checkpoints.commit(written(checkpoints), step)
+
+
+def ways_to_damage(path: Path) -> Iterator[str]:
+    """Damages a file in one way after the other, and mends it."""
+    whole = path.read_bytes()
+    path.unlink()
+    yield "deleted"
+    if whole:
+        path.write_bytes(whole[: len(whole) // 2])
+        yield "truncated"
+        path.write_bytes(b"")
+        yield "emptied"
+        for at in {0, len(whole) // 2, len(whole) - 1}:
+            for bit in range(8):
+                path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+                yield f"bit {bit} of byte {at} flipped"
+    path.write_bytes(whole + b"\0")
+    yield "extended"
+    path.write_bytes(whole)
+
+
+def test_the_newest_of_two_checkpoints_is_gone_on_from_and_older_ones_go(checkpoints: Checkpoints) -> None:
+    assert checkpoints.newest() is None
+    commit(checkpoints, 8, 9, 10, 100)
+    assert sorted(p.name for p in checkpoints.folder.glob("step-*")) == ["step-00000010", "step-00000100"]
+    assert checkpoints.newest() == checkpoints.folder / "step-00000100"
+
+
+@pytest.mark.parametrize("name", [*FILES, MARKER])
+def test_a_checkpoint_with_any_file_damaged_is_no_checkpoint(
+    checkpoints: Checkpoints, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from selfalign.training import checkpoints as module
+
+    commit(checkpoints, 1)
+    path = checkpoints.folder / "step-00000001"
+    assert module._fault(path) is None
+    for way in ways_to_damage(path / name):
+        assert module._fault(path) is not None, way
+    assert module._fault(path) is None
+
+
+def test_a_torn_checkpoint_is_skipped_with_a_warning_for_the_newest_whole_one(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit(checkpoints, 1, 2)
+    (checkpoints.folder / "step-00000002" / "optimizer.pt").write_bytes(b"torn")
+    assert checkpoints.newest() == checkpoints.folder / "step-00000001"
+    assert "step-00000002 is skipped: optimizer.pt is not what was written" in caplog.text
+    # The step is trained again, and its checkpoint takes the name.
+    commit(checkpoints, 2)
+    assert checkpoints.newest() == checkpoints.folder / "step-00000002"
+
+
+def test_a_file_that_no_marker_lists_is_never_loaded(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit(checkpoints, 1)
+    (checkpoints.folder / "step-00000001" / "rng_state.pth").write_bytes(b"a pickle of somebody's")
+    assert checkpoints.newest() is None
+    assert "holds rng_state.pth, which its complete.json does not list" in caplog.text
+
+
+def test_a_link_is_no_file_of_a_checkpoint(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    commit(checkpoints, 1)
+    os.symlink(tmp_path, checkpoints.folder / "step-00000001" / "elsewhere")
+    assert checkpoints.newest() is None
+
+
+def test_what_a_dead_writer_left_unfinished_is_removed(checkpoints: Checkpoints) -> None:
+    commit(checkpoints, 1)
+    left = checkpoints.folder / "draft-0123456789ab"
+    left.mkdir()
+    assert checkpoints.newest() == checkpoints.folder / "step-00000001"
+    assert not left.exists()
+
+
+def test_a_checkpoint_of_another_training_is_refused_by_name(checkpoints: Checkpoints) -> None:
+    commit(checkpoints, 1)
+    other = Checkpoints(checkpoints.folder, "identity-2", checkpoints.lease)
+    with pytest.raises(MismatchError, match=r"another training \(identity-1, this one is identity-2\).*Delete"):
+        other.newest()
+
+
+def test_nothing_is_committed_once_somebody_else_has_taken_over(checkpoints: Checkpoints) -> None:
+    commit(checkpoints, 1)
+    checkpoints.lease.path.write_text(json.dumps(asdict(Owner("other", 1, "1", "token"))))
+    with pytest.raises(LeaseHeldError, match="taken over by process 1 on other"):
+        commit(checkpoints, 2)
+    assert [p.name for p in checkpoints.folder.glob("step-*")] == ["step-00000001"]
+
+
+def test_the_models_of_epochs_stay_beside_the_checkpoints_and_are_taken_whole(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    checkpoints.commit_epoch(written(checkpoints, "epoch"), 1)
+    commit(checkpoints, 1, 2, 3)
+    # After a resume from before the epoch's end, it is written once more.
+    checkpoints.commit_epoch(written(checkpoints, "epoch"), 1)
+    checkpoints.take_epoch(1, tmp_path / "model" / "epoch-1")
+    taken = {p.relative_to(tmp_path / "model" / "epoch-1").as_posix() for p in (tmp_path / "model").rglob("*.*")}
+    assert taken == {name for name in FILES if "." in name}
+
+
+def test_the_model_of_an_epoch_that_was_damaged_is_not_taken(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    checkpoints.commit_epoch(written(checkpoints, "epoch"), 1)
+    (checkpoints.epoch(1) / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(StorageError, match="model.safetensors is not what was written; delete"):
+        checkpoints.take_epoch(1, tmp_path / "epoch-1")

@@ -1,0 +1,77 @@
+"""Whatever kills a training, wherever: it ends with the bytes that it would have ended with anyway."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from training.resumable import Attempt, Case, killed
+
+pytestmark = pytest.mark.train
+
+KILLS = int(os.environ.get("N", "3"))
+LORA = {"lora_r": 8, "lora_dropout": 0.1}
+CASES = {
+    "lora-packed": Case({**LORA, "packing": True, "num_train_epochs": 6}),
+    "qlora-grouped-checkpointed": Case(
+        {**LORA, "group_by_length": True, "gradient_checkpointing": True, "optim": "adamw_8bit"},
+        {"quantisation": "nf4"},
+    ),
+    "full-packed-epochs": Case({"packing": True, "num_train_epochs": 6, "save_strategy": "epoch", "save_steps": 100}),
+    "zero2-lora": Case({**LORA, "num_processes": 2, "deepspeed": "zero2", "per_device_train_batch_size": 2}),
+}
+if KILLS > 3:
+    # By night, the rest of the matrix.
+    CASES |= {
+        "lora": Case(LORA),
+        "full-cosine": Case({"lr_scheduler_type": "cosine", "weight_decay": 0.1}),
+        "full-adafactor": Case({"optim": "adafactor"}),
+        "int8-packed": Case({**LORA, "packing": True, "num_train_epochs": 6}, {"quantisation": "int8"}),
+        "nf4-packed": Case({**LORA, "packing": True, "num_train_epochs": 6}, {"quantisation": "nf4"}),
+        "lora-paged": Case({**LORA, "optim": "paged_adamw_32bit"}),
+        "two-ranks-packed": Case({**LORA, "num_processes": 2, "packing": True, "num_train_epochs": 8}),
+        "zero2-full": Case({"num_processes": 2, "deepspeed": "zero2", "per_device_train_batch_size": 2}),
+    }
+
+
+@pytest.fixture(scope="module", params=CASES)
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Attempt]:
+    case = CASES[request.param]
+    return case, Attempt(case, tmp_path_factory.mktemp(request.param) / "undisturbed")
+
+
+def test_a_training_killed_at_random_moments_ends_with_the_same_bytes(
+    undisturbed: tuple[Case, Attempt], tmp_path: Path
+) -> None:
+    case, whole = undisturbed
+    expected = whole.result()
+    steps = int(expected["metrics"]["steps"])
+    assert expected["metrics"]["tokens"] > 2 * 37
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)
+    last = killed(case, tmp_path / "killed", KILLS, steps, random.Random(seed))
+    assert last.result() == expected
+    assert last.losses() == pytest.approx(whole.losses(), abs=1e-6)
+    assert list(last.losses()) == list(range(1, steps + 1))
+
+
+def test_a_training_that_is_asked_to_end_saves_itself_and_goes_on_from_there(
+    undisturbed: tuple[Case, Attempt], tmp_path: Path
+) -> None:
+    case, whole = undisturbed
+    expected = whole.result()
+    first = Attempt(case, tmp_path / "asked")
+    # Beyond the first epoch, and not at a checkpoint.
+    stop = int(expected["metrics"]["steps"]) // 2 + 1
+    assert first.reaches(stop)
+    asked = time.monotonic()
+    first.signal(random.choice([signal.SIGTERM, signal.SIGUSR1]))
+    assert first.ended() == 75
+    assert time.monotonic() - asked < 20
+    assert not (first.folder / "done.json").exists()
+    second = Attempt(case, first.folder)
+    assert second.result() == expected
+    assert second.resumed_at()[-1] >= stop

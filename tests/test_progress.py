@@ -46,3 +46,14 @@ def test_in_a_log_each_event_is_a_json_object(capsys: pytest.CaptureFixture[str]
     assert [event["event"] for event in events] == ["step_started", "shard_done", "logged", "note", "step_done"]
     assert events[-1]["step"] == "strict/curate.keep@1"
     assert events[-1]["rejected"] == {"above": 2}
+
+
+def test_a_training_says_its_loss_and_speed_and_where_it_goes_on() -> None:
+    out = io.StringIO()
+    with Bars(Console(file=out, force_terminal=True, width=140)) as bars:
+        bars.step_started(STEP, None)
+        bars.logged(STEP, {"resumed_at": 1200.0})
+        bars.logged(STEP, {"step": 1210.0, "max_steps": 2000.0, "loss": 0.5, "tokens_per_second": 12345.6})
+    shown = out.getvalue()
+    assert "curate.keep@1 [strict] goes on from its checkpoint at step 1,200" in shown
+    assert "loss 0.5 · 12,346 tokens/s" in shown

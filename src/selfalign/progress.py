@@ -57,9 +57,13 @@ class Bars:
 
     def logged(self, step: Step, line: Mapping[str, float]) -> None:
         """The training's last words."""
+        if "resumed_at" in line:
+            self.note(f"{_title(step)} goes on from its checkpoint at step {line['resumed_at']:,.0f}")
         if self._task is not None and "step" in line:
-            told = " · ".join(f"{key} {line[key]:.4g}" for key in ("loss", "learning_rate") if key in line)
-            self._progress.update(self._task, completed=line["step"], total=line.get("max_steps"), more=told)
+            told = [f"{key} {line[key]:.4g}" for key in ("loss", "learning_rate") if key in line]
+            told += [f"{line['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in line else []
+            more = " · ".join(told)
+            self._progress.update(self._task, completed=line["step"], total=line.get("max_steps"), more=more)
 
     def step_done(self, step: Step, manifest: Manifest, reused: bool) -> None:
         """The step's line."""

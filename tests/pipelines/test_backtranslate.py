@@ -1,5 +1,6 @@
 """The real pipeline: which steps there are, in which order, and what changes with which key."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,53 @@ def test_changing_a_key_changes_exactly_the_steps_that_follow_from_it(
 ) -> None:
     before, after = identities(recipe), identities(recipe, override)
     assert {key for key in after if before[key] != after[key]} == changed
+
+
+BY_EPOCHS = ("max_steps=-1", "num_train_epochs=3")
+
+
+@pytest.mark.parametrize(
+    ("direction", "changed", "added"),
+    [
+        ("backward", {*BACKWARD, *AUGMENTED}, {"evaluate.backward_epoch_1", "evaluate.backward_epoch_2"}),
+        (
+            "forward",
+            {"forward.train@0", "evaluate.forward@0", *CURATE_1},
+            {f"evaluate.forward_epoch_{epoch}@{k}" for epoch in (1, 2) for k in (0, 1, 2)},
+        ),
+    ],
+)
+def test_keeping_epochs_trains_anew_runs_what_follows_and_measures_each_epoch_before_the_last(
+    recipe: Path, direction: str, changed: set[str], added: set[str]
+) -> None:
+    by_epochs = [f"{direction}.{key}" for key in BY_EPOCHS]
+    before = identities(recipe, *by_epochs)
+    after = identities(recipe, *by_epochs, f"{direction}.keep_epochs=true")
+    assert after.keys() - before.keys() == added
+    assert {key for key in before if before[key] != after[key]} == changed
+    assert len({after[key] for key in added}) == len(added)
+
+
+@pytest.mark.parametrize("lora_r", ["null", "4"])
+def test_an_epoch_is_measured_as_the_last_one_is_and_nothing_depends_on_it(recipe: Path, lora_r: str) -> None:
+    overrides = [f"forward.{key}" for key in (*BY_EPOCHS, "keep_epochs=true", f"lora_r={lora_r}")]
+    run = made(recipe, *overrides, "evaluate.min_gain=0", "arms=null")
+    by_name = {step.name: step for step in run}
+    last = by_name["evaluate.forward@2"]
+    for n in (1, 2):
+        epoch = by_name[f"evaluate.forward_epoch_{n}@2"]
+        assert epoch.stage == replace(last.stage, epoch=n, may_stop=False)
+        assert epoch.inputs == {role: source for role, source in last.inputs.items() if role != "before"}
+        assert (epoch.section, epoch.round) == ("evaluate", 2)
+        assert not any(epoch in step.parents() for step in run)
+        assert run.index(epoch) < run.index(last)
+
+
+def test_an_m0_that_goes_by_steps_keeps_no_epochs(recipe: Path) -> None:
+    overrides = [f"forward.{key}" for key in (*BY_EPOCHS, "keep_epochs=true", "seed_max_steps=5")]
+    names = {step.name for step in made(recipe, *overrides)}
+    assert "evaluate.forward_epoch_1@1" in names
+    assert "evaluate.forward_epoch_1@0" not in names
 
 
 @pytest.mark.parametrize(

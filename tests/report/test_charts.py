@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from selfalign.report.charts import (
     VARIABLES,
+    Curve,
     Estimate,
     Level,
     Ridge,
     Words,
     before_and_after,
+    by_epoch,
     curve,
     histogram,
     intervals,
@@ -37,7 +39,13 @@ CHARTS: dict[str, Callable[[Words], str]] = {
     ),
     "intervals": lambda words: intervals([Estimate("a", ".5", 0.5, (0.4, 0.6)), Estimate("b", ".7", 0.7, None)], words),
     "before_and_after": lambda words: before_and_after([("a", 9, 3), ("b", 1, 0)], words),
-    "curve": lambda words: curve([10, 20], [3.0, 1.0], [], 40, (0.0, 3.2), words),
+    "curve": lambda words: curve(Curve("a", [10, 20], [3.0, 1.0], (0.0, 3.2)), 40, [], words, wide=True),
+    "resumed curve": lambda words: curve(
+        Curve("a", [10, 20], [3.0, 1.0], (0.5, 3.2), [2.5, 1.5]), 40, [15, 16], words, wide=False
+    ),
+    "by_epoch": lambda words: by_epoch(
+        [Estimate("1", ".5", 0.5, (0.4, 0.6), filled=False), Estimate("last", ".7", 0.7, None)], words, percent=True
+    ),
 }
 
 
@@ -105,11 +113,28 @@ def test_an_axis_over_more_than_a_factor_of_twenty_is_logarithmic() -> None:
     assert is_logarithmic((0.001, 3.0))
     assert not is_logarithmic((0.2, 3.0))
     assert not is_logarithmic((0.0, 3.0))
-    assert texts(curve([1, 2], [3.0, 0.002], [], 2, (0.001, 4.0), WORDS))[-4:] == ["0.001", "0.01", "0.1", "1"]
+    drawn = curve(Curve("loss", [1, 2], [3.0, 0.002], (0.001, 4.0)), 2, [], WORDS, wide=True)
+    assert texts(drawn)[-5:] == ["0.001", "0.01", "0.1", "1", "loss"]
+
+
+@pytest.mark.parametrize(("wide", "words"), [(True, 1), (False, 0)])
+def test_every_resume_is_marked_and_the_wide_chart_says_what_the_marks_are(wide: bool, words: int) -> None:
+    found = Curve("loss", [1, 9], [3.0, 2.0], (0.0, 4.0))
+    plain, marked = (curve(found, 9, marks, WORDS, wide) for marks in ([], [3, 5]))
+    assert texts(marked).count("resumed") == words
+    assert marked.count("stroke-dasharray") == plain.count("stroke-dasharray") + 2
+
+
+def test_of_many_epochs_as_many_are_labelled_as_have_room_and_always_the_last() -> None:
+    points = [Estimate(f"epoch {n}", "", 1 / n, None) for n in range(1, 31)]
+    labels = [text for text in texts(by_epoch(points, WORDS)) if text.startswith("epoch")]
+    assert labels[-1] == "epoch 30"
+    assert 3 < len(labels) < 10
 
 
 def test_what_has_only_one_value_or_none_is_drawn_too() -> None:
-    assert curve([5], [1.0], [], 5, (0.0, 1.1), WORDS)
+    assert curve(Curve("", [5], [1.0], (0.0, 1.1)), 5, [5], WORDS, wide=True)
+    assert by_epoch([Estimate("last", "0", 0.0, None)], WORDS)
     assert intervals([Estimate("a", "0", 0.0, None)], WORDS)
     assert histogram([0, 0, 0, 0], [0, 0, 0, 0], EDGES, 5.0, WORDS)
     assert before_and_after([("a", 0, 0)], WORDS)

@@ -68,7 +68,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_head_names_the_recipe_the_seed_and_what_came_of_it(page: str) -> None:
     text = Reader(page).text
     assert "seed 3 · model org/tiny · last step ended 20" in text
-    assert "complete, 17 steps" in text
+    assert "complete, 19 steps" in text
     assert "M1 answers 80.0% of 9 questions right, the base 20.0%: +60.0 points (95%: +50.0 to +70.0)." in text
     assert "6 documents → 3 selected pairs → 7 training rows" in text
 
@@ -110,12 +110,11 @@ def test_what_has_no_rating_falls_out_before_what_is_rated_too_low(run: Run) -> 
     assert (selected.count, selected.dropped) == (2, (("below_threshold", 4),))
 
 
-def test_every_loss_curve_and_every_model_stands_in_the_page(page: str) -> None:
+def test_every_chart_and_every_model_stands_in_the_page(page: str) -> None:
     found = Reader(page)
     titles = [attributes["id"] for tag, attributes in found.elements if tag == "title" and "id" in attributes]
     assert {"flow-title", "ratings-1-title", "planted-1-title", "auc-1-title", "sources-title"} <= set(titles)
     assert {"accuracy-title", "held-out-title", "lengths-responses-title"} <= set(titles)
-    assert sum(str(id).startswith("loss-") for id in titles) == 4
     for model in ("base", "M0", "M1", "other_arm"):
         assert model in found.text
 
@@ -156,17 +155,66 @@ def test_the_threshold_parts_the_ratings_and_the_scale_holds_back_others(run: Ru
     )
 
 
-def test_a_training_that_began_anew_is_drawn_as_it_went_the_last_time(run: Run) -> None:
-    folder = run.add("forward.train@1", state="running")
-    log = [{"step": 10, "loss": 3, "max_steps": 40}, {"step": 20, "loss": 2}, {"step": 10, "loss": 9}, {"seconds": 1}]
-    commit(folder / "metrics.jsonl", (lines(log) + '{"step": 20, "lo').encode())
-    (training,) = Facts(run.view()).trainings()
-    assert (list(training.steps), list(training.losses), training.last_step) == ([10], [9], 40)
+def test_each_training_has_a_row_of_curves_with_its_numbers(page: str) -> None:
+    found = Reader(page)
+    titles = [str(attributes["id"]) for tag, attributes in found.elements if tag == "title" and "id" in attributes]
+    for measure, n in (
+        ("loss", 4),
+        ("learning-rate", 3),
+        ("grad-norm", 3),
+        ("tokens-per-second", 3),
+        ("memory-bytes", 3),
+    ):
+        assert sum(bool(re.fullmatch(rf"{measure}-\d-title", id)) for id in titles) == n
+    assert "Learning rate of M1, other_arm learning rate: 2.5e-05 at step 10, 2.5e-05 at step 400" in found.text
+    assert re.search(r"memory \(GiB\)( 3\.50){5}", found.text)
+    assert re.search(r"tokens/s( 12,345){5}", found.text)
+    assert "12,345 tokens/s (median); at most 3.50 GiB of memory" in found.text
+
+
+def test_axes_count_in_units_that_keep_their_numbers_short(page: str) -> None:
+    text = Reader(page).text
+    assert re.search(r"learning rate \(1e-5\)", text)
+    assert "1,000 tokens/s" in text
+
+
+def test_a_training_that_was_resumed_says_so_in_word_and_mark(run: Run) -> None:
+    log(run.add("forward.train@1"), [3.0, 2.0, 1.0, 0.5], resumed_at=20, grad_norm=0.1)
+    log(run.add("forward.train@2"), [3.0, 2.0, 1.0, 0.5], grad_norm=0.1)
+    text = read(run).text
+    assert text.count("resumed from a checkpoint at step 20.") == 1
+    assert text.count("; resumed at step 20.") == 2
+    # The mark itself is named in the wide chart alone.
+    assert len(re.findall(r"loss \(nats a token\) resumed", text)) == 1
+
+
+def test_an_older_log_shows_what_it_holds(run: Run) -> None:
+    log(run.add("backward.train"), [3.0, 1.0])
+    text = read(run).text
+    assert "Loss 1 at step 20 of 400, n = 3 rows." in text
+    assert "tokens/s (median)" not in text
+
+
+def test_a_training_that_has_logged_no_loss_is_named(run: Run) -> None:
+    commit(run.add("forward.train@1", state="running") / "metrics.jsonl", lines([{"resumed_at": 5}]).encode())
+    assert "Nothing is logged yet of forward.train@1." in read(run).text
 
 
 def test_a_dense_log_is_drawn_with_its_running_mean(run: Run) -> None:
     log(run.add("forward.train@1"), [1.0 + n % 2 for n in range(400)])
-    assert "mean of 10 values, single ones pale" in read(run).text
+    assert "lines are the mean of 10 values, single ones pale" in read(run).text
+
+
+def test_a_model_whose_epochs_were_kept_is_shown_by_epoch_with_the_last_one_behind_the_others(page: str) -> None:
+    text = Reader(page).text
+    assert "M1 by epoch: answered right" in text
+    numbers = re.search(
+        r"epoch n right 95% − base, points \(95%\) (epoch 1 9 60.0%) .* (epoch 2 9 90.0%) .* (last 9 80.0%)", text
+    )
+    assert numbers is not None
+    assert "Highest: epoch 2, 90.0% (80.0 to 100.0)." in text
+    assert "M1 by epoch: held-out loss" in text
+    assert "M0 by epoch" not in text
 
 
 def test_lengths_are_told_of_seed_candidates_and_curated(run: Run) -> None:

@@ -62,16 +62,44 @@ def test_every_chart_has_a_size_and_its_letters_stand_inside(browser: Page, repo
     browser.open(report, 400)
     boxes = browser.value(
         "[...document.querySelectorAll('svg')].map(e => { const b = e.getBoundingClientRect(); "
-        "return [b.width, b.height, e.closest('figure').getBoundingClientRect().width] })"
+        "const small = e.matches('.charts > :not(:first-child)'); "
+        "return [b.width, b.height, e.closest('figure').getBoundingClientRect().width, small] })"
     )
-    assert len(boxes) > 10
-    assert all(250 < width < figure and height > 30 for width, height, figure in boxes)
+    assert len(boxes) > 20
+    assert all((140 if small else 250) < width < figure and height > 30 for width, height, figure, small in boxes)
     outside = browser.value(
         "[...document.querySelectorAll('svg text')].filter(e => { const a = e.getBoundingClientRect(), "
         "b = e.closest('figure').getBoundingClientRect(); return a.left < b.left || a.right > b.right })"
         ".map(e => e.textContent)"
     )
     assert outside == []
+
+
+@pytest.mark.parametrize(("width", "across"), [(1280, 5), (400, 2)])
+def test_the_curves_of_a_training_stand_in_a_row_as_long_as_there_is_room(
+    browser: Page, report: Path, width: int, across: int
+) -> None:
+    browser.open(report, width)
+    rows = browser.value(
+        "[...document.querySelectorAll('#training .charts')].map(row => [...row.children].map("
+        "e => e.getBoundingClientRect()).map(b => [b.top, b.left, b.right]))"
+    )
+    assert len(rows) == 4
+    for boxes in rows:
+        for _, left, right in boxes:
+            assert 0 < left < right < width
+        tops = [top for top, _, _ in boxes]
+        assert max(tops.count(top) for top in tops) <= across
+        if len(boxes) == 5:
+            assert max(tops.count(top) for top in tops) == across
+    # Letters of one chart do not run into the next one.
+    overlaps = browser.value(
+        "[...document.querySelectorAll('#training .charts')].flatMap(row => { "
+        "const b = [...row.querySelectorAll('text')].map(e => [e.getBoundingClientRect(), e.closest('svg')]); "
+        "return b.flatMap(([a, x]) => b.filter(([c, y]) => x !== y && a.left < c.right && c.left < a.right && "
+        "a.top < c.bottom && c.top < a.bottom)) }).length"
+    )
+    assert overlaps == 0
 
 
 def test_the_charts_follow_the_theme_and_paper_is_light(browser: Page, report: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from report.conftest import Run
+from report.whole import log
 from selfalign.core.errors import StorageError, UsageError
 from selfalign.core.lease import presence
 from selfalign.report.run import RunView
@@ -178,6 +179,44 @@ def test_people_see_the_models_side_by_side_and_the_gap_to_the_base(run: Run, me
     text = shown(results_table(run.view()))
     assert re.search(r"M1.*0\.500.*0\.400 to 0\.600.*2\.000.*-0\.250 \(-0\.300 to -0\.200\)", text)
     assert re.search(r"M2.*\+0\.100", text)
+
+
+def test_the_epochs_that_a_training_kept_are_told_by_model_with_the_last_behind_them(
+    run: Run, measured: Measured
+) -> None:
+    for name, share, loss in (
+        ("evaluate.backward_epoch_1", None, 3.0),
+        ("evaluate.backward", None, 2.5),
+        ("evaluate.forward@0", 0.1, 2.2),
+        ("evaluate.forward_epoch_1@1", 0.2, 2.0),
+        ("evaluate.forward_epoch_2@1", 0.4, 1.5),
+        ("evaluate.forward@1", 0.3, 1.75),
+    ):
+        run.add(name, metrics=measured(share, loss))
+    run.add("evaluate.forward_epoch_1@1", arm="other", metrics=measured(0.5, 1.0))
+    found = metrics(run.view())
+    assert found["accuracy_by_epoch"] == {"M1": {"1": 0.2, "2": 0.4, "last": 0.3}, "other": {"1": 0.5}}
+    assert found["held_out_loss_by_epoch"] == {
+        "backward": {"1": 3.0, "last": 2.5},
+        "M1": {"1": 2.0, "2": 1.5, "last": 1.75},
+        "other": {"1": 1.0},
+    }
+    assert found["held_out_loss_by_epoch_ci"]["backward"]["last"] == [2.4, 2.6]
+    # The keys of the contract are the last epoch's.
+    assert (found["accuracy"], found["backward_held_out_loss"]) == ({"M0": 0.1, "M1": 0.3}, 2.5)
+    assert "M1, held-out loss by epoch: 2.000 (1), 1.500 (2), 1.750 (last)" in figures(run.view())
+
+
+def test_people_see_how_far_a_training_is_while_it_runs(run: Run) -> None:
+    log(run.add("forward.train@1", state="running"), [2.0, 1.25], tokens_per_second=1234.5)
+    log(run.add("forward.train@2", state="running"), [0.5])
+    log(run.add("forward.train@3"), [0.75])
+    with presence(run.store.root / "drivers", lambda text: None):
+        text = shown(steps_table(run.view()))
+    assert "step 20 of 400, loss 1.25, 1,234 tokens/s" in text
+    assert re.search(r"step 10 of 400, loss 0\.5\s", text)
+    assert "0.75" not in text
+    assert "of 400" not in shown(steps_table(run.view()))
 
 
 @pytest.mark.parametrize("text", [None, "", "{"])

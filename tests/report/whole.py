@@ -9,6 +9,7 @@ from report.conftest import Run
 from selfalign.core.records import Candidate, Document, Example, Rated, SeedPair, rejected
 from selfalign.core.store import commit
 
+LOGGED = {"learning_rate": 2.5e-5, "grad_norm": 0.5, "tokens_per_second": 12_345.0, "memory_bytes": 3.5 * 2**30}
 HOSTILE = (
     "<script>document.title='taken'</script><img src=http://nowhere.example/a.png onerror=\"document.title='taken'\">"
     "</style></svg></details> & \" ' {{ 7*7 }} --> $x^2$ 語 \u202e \x00\x1b"
@@ -16,7 +17,8 @@ HOSTILE = (
 
 
 def whole(run: Run, text: str = "What for?", rows: int = 6, kept: int = 3, arm: str | None = "other") -> Run:
-    """`rows` candidates rated 1.0, 1.5, … of which the best `kept` are selected; base, M0 and M1, and M1 of an arm."""
+    """`rows` candidates rated 1.0, 1.5, … of which the best `kept` are selected; base, M0 and M1, whose
+    training kept two epochs before the last, and M1 of an arm."""
     recipe = {
         "name": text,
         "seed": 3,
@@ -43,14 +45,18 @@ def whole(run: Run, text: str = "What for?", rows: int = 6, kept: int = 3, arm: 
         ("forward.train@1", None),
         *([("forward.train@1", arm)] if arm else []),
     ):
-        log(run.add(name, arm=of), [2.0 / (n + 1) for n in range(40)])
+        losses = [2.0 / (n + 1) for n in range(40)]
+        log(run.add(name, arm=of), losses, 100 if name.endswith("1") else None, **LOGGED)
     _evaluate(run, text, arm)
     return run
 
 
-def log(folder: Path, losses: Iterable[float]) -> None:
-    """Write a training's log: a loss every ten steps."""
-    rows = [{"step": 10.0 * n, "max_steps": 400.0, "loss": loss} for n, loss in enumerate(losses, 1)]
+def log(folder: Path, losses: Iterable[float], resumed_at: float | None = None, **more: float) -> None:
+    """Write a training's log: a loss every ten steps, with `more` that stays the same."""
+    rows = [{"step": 10.0 * n, "max_steps": 400.0, "loss": loss, **more} for n, loss in enumerate(losses, 1)]
+    if resumed_at is not None:
+        at = sum(row["step"] <= resumed_at for row in rows)
+        rows[at:at] = [*rows[at : at + 2], {"resumed_at": resumed_at}]
     commit(folder / "metrics.jsonl", lines(rows).encode())
 
 
@@ -110,6 +116,8 @@ def _evaluate(run: Run, text: str, arm: str | None) -> None:
     for name, of, share in (
         ("evaluate.base", None, 0.2),
         ("evaluate.forward@0", None, 0.3),
+        ("evaluate.forward_epoch_1@1", None, 0.6),
+        ("evaluate.forward_epoch_2@1", None, 0.9),
         ("evaluate.forward@1", None, 0.8),
         *([("evaluate.forward@1", arm, 0.5)] if arm else []),
     ):

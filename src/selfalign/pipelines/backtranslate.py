@@ -1,7 +1,7 @@
 """Instruction backtranslation (arXiv 2308.06259) as a list of steps: rounds and arms unrolled, nothing run yet."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from selfalign.core.errors import RecipeError
@@ -71,10 +71,20 @@ def _arm(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Model:
-    """A model that steps can talk to: how its base is loaded, and the inputs that provide it."""
+    """A model that steps can talk to: how its base is loaded, and the inputs that provide it.
+
+    `epochs` are those before the last whose models its training kept too. They are measured; all else goes on with the
+    last one, as in the paper.
+    """
 
     config: ModelConfig
     inputs: Mapping[str, Source]
+    epochs: range = range(0)
+
+
+def _kept_epochs(config: TrainConfig) -> range:
+    """The epochs before the last. A training that goes by steps, as M0 may beside others, keeps none."""
+    return range(1, int(config.num_train_epochs) if config.keep_epochs and config.max_steps < 0 else 1)
 
 
 class _Arm:
@@ -202,9 +212,8 @@ class _Arm:
     def train(self, name: str, config: TrainConfig, inputs: Mapping[str, Source]) -> _Model:
         """Train from the base: an adapter goes on top of it, all weights replace it."""
         trained = self.add(name, Train(config, self.base.config), {**inputs, **self.base.inputs})
-        if config.lora_r is None:
-            return _Model(self.base.config, {"model": trained})
-        return _Model(self.base.config, {**self.base.inputs, "adapter": trained})
+        inputs = {"model": trained} if config.lora_r is None else {**self.base.inputs, "adapter": trained}
+        return _Model(self.base.config, inputs, _kept_epochs(config))
 
     def match(self, section: str, arm: str | None, k: int) -> dict[str, Source]:
         """The same step of the arm that this one is matched to."""
@@ -216,7 +225,7 @@ class _Arm:
         return {"match": found}
 
     def evaluate(self, name: str, model: _Model, direction: Direction, links: Mapping[str, Source]) -> Step:
-        """Measure a model."""
+        """Measure a model, and before it those of its earlier epochs."""
         config = self.recipe.evaluate
         inputs: dict[str, Source] = {"seed": self.seed, **model.inputs, **links}
         key = f"{direction}_questions"
@@ -226,5 +235,9 @@ class _Arm:
             # A broken test is told now, not when the first model has been trained.
             read_questions(Path(questions.path))
         template = self.recipe.augment.prompt() if direction == "backward" else "{response}"
-        stage = Evaluate(config, model.config, direction, template, may_stop="before" in links)
-        return self.add(name, stage, inputs)
+        stage = Evaluate(config, model.config, direction, template)
+        verb, at, k = name.partition("@")
+        alone = {role: source for role, source in inputs.items() if role != "before"}
+        for epoch in model.epochs:
+            self.add(f"{verb}_epoch_{epoch}{at}{k}", replace(stage, epoch=epoch), alone)
+        return self.add(name, replace(stage, may_stop="before" in links), inputs)

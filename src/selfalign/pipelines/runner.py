@@ -211,6 +211,7 @@ class Runner:
                 self._verified.add(source.name)
         artifact = self.artifact(step)
         artifact.folder.mkdir(parents=True, exist_ok=True)
+        _end_line(artifact.folder / "metrics.jsonl")
         match step.stage:
             case MapStage() as stage:
                 return self._map(step, stage, context, artifact)
@@ -379,6 +380,13 @@ def _check_unchanged(source: External) -> None:
 def _rows_in(manifest: Manifest | None) -> int:
     kept = manifest.ledger["kept"] if manifest else 0
     return kept if isinstance(kept, int) else 0
+
+
+def _end_line(path: Path) -> None:
+    """What is measured next must not be lost with the last, torn word of a process that was killed."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        with path.open("a") as file:
+            file.write("\n")
 
 
 def _lines(path: Path) -> list[dict[str, float]]:

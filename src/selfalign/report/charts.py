@@ -82,6 +82,17 @@ class Estimate:
     filled: bool = True
 
 
+@dataclass(frozen=True)
+class Curve:
+    """What a training logged by step, with the bounds of its axis; `smooth` is its running mean, or empty."""
+
+    title: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    bounds: tuple[float, float]
+    smooth: Sequence[float] = ()
+
+
 def waterfall(levels: Sequence[Level], words: Words) -> str:
     """A bar a level, all from one zero: what is left, and pale behind it what was dropped on the way there."""
     wholes = [level.count + sum(n for _, n in level.dropped) for level in levels]
@@ -186,16 +197,7 @@ def intervals(
                 axes.plot([reference, reference], [line - 7, line + 7], color=MUTED, linewidth=1.2)
             if row.interval is not None:
                 axes.plot(row.interval, [line, line], color=row.colour, linewidth=2.4, solid_capstyle="butt")
-            axes.plot(
-                [row.middle],
-                [line],
-                marker="o",
-                markersize=8.5,
-                color=row.colour,
-                markerfacecolor=row.colour if row.filled else CARD,
-                markeredgewidth=2,
-                clip_on=False,
-            )
+            _dot(axes, row.middle, line, row)
     return _svg(figure, words)
 
 
@@ -213,41 +215,71 @@ def before_and_after(rows: Sequence[tuple[str, int, int]], words: Words) -> str:
     return _svg(figure, words)
 
 
-def curve(
-    steps: Sequence[float],
-    values: Sequence[float],
-    smooth: Sequence[float],
-    last_step: float,
-    bounds: tuple[float, float],
-    words: Words,
-) -> str:
-    """A training's loss by step; logarithmic where `bounds` span more than a factor of 20.
+def curve(found: Curve, last_step: float, marks: Sequence[float], words: Words, wide: bool) -> str:
+    """What a training logged, by step, under its title; logarithmic where `bounds` span more than a factor of 20.
 
-    Where there is a `smooth` line, the values themselves stand pale behind it.
+    Where there is a `smooth` line, the values themselves stand pale behind it. `marks` are the steps at which the
+    training was resumed.
     """
-    width, height = 290.0, 150.0
-    low, high = bounds
+    width, height = (332.0, 150.0) if wide else (158.0, 150.0)
+    low, high = found.bounds
+    left, top = 34.0, 34.0 if marks else 22.0
     with _figure(width, height) as figure:
-        axes = _axes(figure, (36, 6, width - 6, height - 22), height)
-        if is_logarithmic(bounds):
+        axes = _axes(figure, (left, top, width - 6, height - 22), height)
+        if is_logarithmic(found.bounds):
             axes.set_yscale("log")
         axes.set_ylim(low, high)
         axes.set_xlim(0, max(last_step, 1))
         axes.set_yticks(_ticks_within(low, high), minor=False)
         axes.set_yticks([], minor=True)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_major_locator(_locator(3, integer=True))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.xaxis.set_major_locator(_locator(3 if wide else 2, integer=True))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.grid(axis="y", color=LINE, linewidth=0.8)
-        alone = "o" if len(steps) == 1 else None
-        if smooth:
-            axes.plot(steps, values, color=MUTED, linewidth=0.8, alpha=0.6)
-        axes.plot(steps, smooth or values, color=FIRST, linewidth=2, marker=alone, markersize=6, clip_on=False)
+        for mark in marks:
+            axes.axvline(mark, color=MUTED, linewidth=1, dashes=(2, 2))
+        alone = "o" if len(found.steps) == 1 else None
+        if found.smooth:
+            axes.plot(found.steps, found.values, color=MUTED, linewidth=0.8, alpha=0.6)
+        line = found.smooth or found.values
+        axes.plot(found.steps, line, color=FIRST, linewidth=2, marker=alone, markersize=6, clip_on=False)
+        plain = _plain(figure, width, height)
+        _text(plain, 0, 11, found.title, INK, SMALL)
+        if wide and marks:
+            # Once, for two marks may stand close together.
+            share = marks[0] / max(last_step, 1)
+            side = "left" if share < 0.2 else "right" if share > 0.8 else "center"
+            _text(plain, left + share * (width - 6 - left), 29, "resumed", MUTED, SMALL, side)
+    return _svg(figure, words)
+
+
+def by_epoch(points: Sequence[Estimate], words: Words, percent: bool = False) -> str:
+    """Figures in the order of epochs, each with its 95% whisker, joined by a line; labels stand below."""
+    height = 190.0
+    low, high = _bounds(points)
+    if percent:
+        low, high = max(low, 0.0), min(high, 1.0)
+    with _figure(WIDTH, height) as figure:
+        axes = _axes(figure, (42, 6, WIDTH - 6, height - 22), height)
+        axes.set_xlim(-0.5, len(points) - 0.5)
+        axes.set_ylim(low, high)
+        axes.yaxis.set_major_locator(_locator(4))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if percent else f"{value:g}")
+        # As many labels as have room, counted from the last.
+        every = math.ceil(len(points) * max(len(point.label) for point in points) * SMALL * ADVANCE / (WIDTH - 80))
+        shown = range(len(points) - 1, -1, -every)[::-1]
+        axes.set_xticks(list(shown), [points[at].label for at in shown])
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.plot(range(len(points)), [point.middle for point in points], color=MUTED, linewidth=1)
+        for at, point in enumerate(points):
+            if point.interval is not None:
+                axes.plot([at, at], point.interval, color=point.colour, linewidth=2, solid_capstyle="butt")
+            _dot(axes, at, point.middle, point)
     return _svg(figure, words)
 
 
 def is_logarithmic(bounds: tuple[float, float]) -> bool:
-    """Whether a loss axis over `bounds` is."""
+    """Whether a curve's axis over `bounds` is."""
     low, high = bounds
     return low > 0 and high / low > 20
 
@@ -293,6 +325,12 @@ def _bar(axes: "Axes", top: float, height: float, start: float, end: float, colo
     if end > start:
         width = max((end - start) * WIDTH, 1.0)
         axes.barh(top + height / 2, width, height, left=min(start * WIDTH, WIDTH - 1), color=colour, linewidth=0)
+
+
+def _dot(axes: "Axes", x: float, y: float, of: Estimate) -> None:
+    (dot,) = axes.plot([x], [y], marker="o", markersize=8.5, color=of.colour, markeredgewidth=2, clip_on=False)
+    if not of.filled:
+        dot.set_markerfacecolor(CARD)
 
 
 def _text(axes: "Axes", x: float, y: float, text: str, colour: str, size: float, side: str = "left") -> None:

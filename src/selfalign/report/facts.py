@@ -19,6 +19,7 @@ from selfalign.core.store import Manifest
 from selfalign.evaluation.metrics import auc, auc_interval
 from selfalign.report.charts import Level
 from selfalign.report.columns import batches, rows_by_id
+from selfalign.report.logs import TrainingLog, read_log
 from selfalign.report.run import RunView, StepView
 from selfalign.report.show import extremes, generated, last_rated, replies
 from selfalign.report.status import measurements
@@ -76,12 +77,10 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Training:
-    """The loss by step of one training, as far as it got; `last_step` is where it ends."""
+    """What one training has logged, as far as it got."""
 
     step: StepView
-    steps: Sequence[float]
-    losses: Sequence[float]
-    last_step: float
+    log: TrainingLog
 
 
 @dataclass(frozen=True)
@@ -263,7 +262,8 @@ class Facts:
         """Every training that has logged a loss, arm by arm."""
         steps = [step for step in self.run.steps if ".train" in step.name]
         steps.sort(key=lambda step: self.arms.index(step.arm))
-        return [found for step in steps if (found := _training(step))]
+        found = [Training(step, read_log(step.artifact.folder / "metrics.jsonl")) for step in steps]
+        return [training for training in found if "loss" in training.log.curves]
 
     def measured(self) -> list[Measured]:
         """The forward models: the base, the main arm's, then the other arms one by one."""
@@ -437,29 +437,6 @@ def _lengths(group: str, lengths: "NDArray[np.int64]", edges: Sequence[float]) -
 
     low, median, high = np.quantile(lengths, [0.05, 0.5, 0.95]).tolist()
     return Lengths(group, lengths.size, np.histogram(lengths, edges)[0].tolist(), low, median, high)
-
-
-def _training(step: StepView) -> Training | None:
-    """From its log, which begins anew where the training did."""
-    path = step.artifact.folder / "metrics.jsonl"
-    steps: list[float] = []
-    losses: list[float] = []
-    last = 0.0
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            # The last word of a process that was killed while writing it.
-            continue
-        if "step" not in line or not math.isfinite(line.get("loss", math.nan)):
-            continue
-        while steps and steps[-1] >= line["step"]:
-            steps.pop()
-            losses.pop()
-        steps.append(line["step"])
-        losses.append(line["loss"])
-        last = max(last, line.get("max_steps", 0), line["step"])
-    return Training(step, steps, losses, last) if steps else None
 
 
 def _said(pairs: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:

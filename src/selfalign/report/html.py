@@ -13,6 +13,7 @@ from selfalign.report import sections
 from selfalign.report.facts import Facts, Measured, Sample, count, manifest_of, read_json
 from selfalign.report.run import RunView
 from selfalign.report.sections import gap_text, percents, reasons, spread, why_missing
+from selfalign.report.trainings import training
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -58,7 +59,7 @@ def render(run: RunView) -> str:
             sections.ratings(facts),
             sections.calibration(facts),
             sections.texts(facts),
-            sections.training(facts),
+            training(facts),
             sections.results(facts),
         ],
         samples=samples(facts),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from selfalign.core.errors import MismatchError, StorageError, UsageError
 from selfalign.core.store import Artifact, commit_folder
+from selfalign.engines.adapters import check_adapter
 from selfalign.engines.chat import Chat
 from selfalign.engines.config import ModelConfig, on_this_machine
 from selfalign.engines.loading import load_model, load_tokenizer, settle_generation
@@ -79,7 +80,7 @@ def merge(model: str, dest: Path, dtype: Dtype | None, say: Callable[[str], None
     if adapter.name == "files":
         # The files of a run's artifact.
         Artifact(adapter.parent, "").verify()
-    _check_whole(adapter)
+    check_adapter(adapter, found.config)
     wanted = dtype or found.config.dtype
     plain = found.config.model_copy(update={"dtype": wanted, "quantisation": None})
     tokenizer = load_tokenizer(plain)
@@ -114,25 +115,6 @@ def merge(model: str, dest: Path, dtype: Dtype | None, say: Callable[[str], None
     )
 
 
-def _check_whole(adapter: Path) -> None:
-    """Raise MismatchError for an adapter that cannot be read, or that ZeRO-3 saved without gathering it first."""
-    from safetensors import SafetensorError, safe_open
-
-    path = adapter / "adapter_model.safetensors"
-    if not path.is_file():
-        raise MismatchError(f"{adapter} has no adapter_model.safetensors; other formats are not loaded")
-    try:
-        with safe_open(path, "pt") as file:
-            empty = [name for name in file.keys() if 0 in file.get_slice(name).get_shape()]  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise MismatchError(f"{path} is damaged: {error}; train or copy it again") from error
-    if empty:
-        raise MismatchError(
-            f"{path}: {len(empty)} of its tensors are empty, such as {empty[0]}; ZeRO-3 saves adapters so where they "
-            "are not gathered first: train or convert it again"
-        )
-
-
 def _as_trained(
     found: Found, adapter: Path, prompts: Sequence[list[int]], say: Callable[[str], None]
 ) -> "list[Tensor] | None":
@@ -140,7 +122,7 @@ def _as_trained(
     if found.config.quantisation is None:
         return None
     say(f"loading {found.config.path} in {found.config.quantisation}, as training saw it")
-    return _logits(_adapted(load_model(on_this_machine(found.config)), adapter, found.config.path), prompts)
+    return _logits(_adapted(load_model(on_this_machine(found.config)), adapter), prompts)
 
 
 def _merge_into(
@@ -159,7 +141,7 @@ def _merge_into(
             f"{config.path} is published quantised, and merging would round its weights once more; the adapter itself "
             "works as it is"
         )
-    model = _adapted(base, adapter, config.path)
+    model = _adapted(base, adapter)
     adapted = _logits(model, prompts)
     with model.disable_adapter():
         bare = _logits(model, prompts)
@@ -176,21 +158,12 @@ def _merge_into(
     return adapted, bare
 
 
-def _adapted(base: "PreTrainedModel", adapter: Path, name: str) -> "PeftModel":
+def _adapted(base: "PreTrainedModel", adapter: Path) -> "PeftModel":
     """The base with every weight of the adapter in its place."""
     from peft import PeftConfig, PeftModel
 
-    config = PeftConfig.from_pretrained(str(adapter))
-    if config.is_prompt_learning:
-        raise MismatchError(f"{adapter}: adapters that learn a prompt ({config.peft_type}) cannot be merged; use LoRA")
-    misfit = f"the adapter {adapter} does not fit the model {name}"
-    try:
-        model = PeftModel(base, config, autocast_adapter_dtype=False)
-        found = model.load_adapter(str(adapter), "default", autocast_adapter_dtype=False)
-    except (ValueError, RuntimeError) as error:
-        raise MismatchError(f"{misfit}: {error}") from error
-    if odd := [*found.missing_keys, *found.unexpected_keys]:
-        raise MismatchError(f"{misfit}: {len(odd)} weights have no counterpart, such as {odd[0]}")
+    model = PeftModel(base, PeftConfig.from_pretrained(str(adapter)), autocast_adapter_dtype=False)
+    model.load_adapter(str(adapter), "default", autocast_adapter_dtype=False)
     return model.eval()
 
 

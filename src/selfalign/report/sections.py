@@ -1,6 +1,5 @@
 """The sections of a report: what a run's facts look like, chart by chart, and in words."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,18 +13,15 @@ from selfalign.report.facts import (
     Lengths,
     Planted,
     Ratings,
-    Training,
     count,
     counts,
     drops,
-    is_finished,
     manifest_of,
 )
 from selfalign.report.run import StepView
+from selfalign.report.status import measurements_by_epoch
 
 SOURCES = 12
-# Of more logged losses than this, the running mean is drawn.
-DENSE = 150
 
 
 @dataclass(frozen=True)
@@ -39,12 +35,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its caption and its numbers."""
+    """A chart with its caption and its numbers, and small charts `beside` it."""
 
     title: str
     svg: str
     caption: str
     table: Table | None = None
+    beside: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -259,67 +256,6 @@ def _source_figure(sources: Sequence[tuple[str, int, int]]) -> Figure:
     return Figure(title, svg, caption, Table(("source", "candidates", "curated", "kept"), rows))
 
 
-def training(facts: Facts) -> Section:
-    """How the trainings went."""
-    lead = "Nats a token of the completions, by step, as logged."
-    trainings = facts.trainings()
-    forward = [t for t in trainings if t.step.name.startswith("forward")]
-    backward = [t for t in trainings if t not in forward]
-    figures = [
-        _loss_figure(found, _loss_bounds(group), n)
-        for group in (backward, forward)
-        for n, found in enumerate(group, len(backward) if group is forward else 0)
-    ]
-    names = [step.title for step in facts.run.steps if ".train" in step.name and step.state != "skipped"]
-    have = {found.step.title for found in trainings}
-    without = [name for name in names if name not in have]
-    missing = [f"Nothing is logged yet of {', '.join(without)}."] if without else []
-    if not names:
-        missing.append("This run has no training.")
-    lead += " The forward models share one axis." if len(forward) > 1 else ""
-    lead += " Axes are logarithmic where losses span more than a factor of 20."
-    return Section("training", "Training loss", lead, figures, missing)
-
-
-def _loss_bounds(group: Sequence[Training]) -> tuple[float, float]:
-    values = [loss for training in group for loss in training.losses]
-    low, high = min(values), max(values)
-    if charts.is_logarithmic((low, high)):
-        return low * 0.8, high * 1.25
-    return 0.0, high * 1.05 or 1.0
-
-
-def _loss_figure(found: Training, bounds: tuple[float, float], number: int) -> Figure:
-    smooth = _smoothed(found.losses) if len(found.losses) > DENSE else []
-    step = found.step
-    k = step.name.partition("@")[2]
-    model = f"M{k}" if k else "Backward model"
-    title = model if step.arm is None else f"{model}, {step.arm}"
-    last = (smooth or found.losses)[-1]
-    at, end = f"{found.steps[-1]:,.0f}", f"{found.last_step:,.0f}"
-    caption = f"{found.losses[0]:.3g} → {last:.3g} in {end} steps" if at == end else f"{last:.3g} at step {at} of {end}"
-    caption += f", n = {count(step, 'kept'):,} rows" if is_finished(step) else ""
-    caption += f"; mean of {_window(found.losses)} values, single ones pale" if smooth else ""
-    svg = charts.curve(
-        found.steps, found.losses, smooth, found.last_step, bounds, Words(f"loss-{number}", f"Loss of {title}", caption)
-    )
-    return Figure(title, svg, f"{caption}.")
-
-
-def _window(values: Sequence[float]) -> int:
-    return max(len(values) // 40, 2)
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """The running mean over as many values before as there are behind: what a curve says without its noise."""
-    half = _window(values) // 2
-    found = []
-    for n in range(len(values)):
-        near = min(half, n, len(values) - 1 - n)
-        found.append(math.fsum(values[n - near : n + near + 1]) / (2 * near + 1))
-    return found
-
-
 def results(facts: Facts) -> Section:
     """What was measured."""
     section = Section(
@@ -340,6 +276,10 @@ def results(facts: Facts) -> Section:
     ]
     figures += _match_figure(backward, "Backward model: the instruction guessed exactly", "backward-accuracy")
     figures += _held_out_figure(backward, "Backward model: held-out loss", "backward-held-out")
+    if by_epoch := [*_epoch_figures(facts)]:
+        figures += by_epoch
+        told = f"{section.lead} By epoch, the filled dot is the last, with which all that followed went on."
+        section = replace(section, lead=told)
     missing = []
     if not rows:
         missing.append(why_missing(facts, "evaluate.base") or "No forward model was measured.")
@@ -351,7 +291,16 @@ def results(facts: Facts) -> Section:
 Rows = Sequence[tuple[str, bool, Mapping[str, Any]]]
 
 
-def _match_figure(rows: Rows, title: str, name: str) -> Iterator[Figure]:
+def _epoch_figures(facts: Facts) -> Iterator[Figure]:
+    """Of each model whose training kept those of its epochs: what was measured of each, the last one filled."""
+    for number, (model, epochs) in enumerate(measurements_by_epoch(facts.run)):
+        title = f"{'Backward model' if model == 'backward' else model} by epoch"
+        rows = [(e if e == "last" else f"epoch {e}", e == "last", measured) for e, measured in epochs.items()]
+        yield from _match_figure(rows, f"{title}: answered right", f"epochs-accuracy-{number}", "epoch")
+        yield from _held_out_figure(rows, f"{title}: held-out loss", f"epochs-held-out-{number}", "epoch")
+
+
+def _match_figure(rows: Rows, title: str, name: str, by: str = "model") -> Iterator[Figure]:
     found = [(model, main, m["exact_match"], m) for model, main, m in rows if m.get("exact_match")]
     if not found:
         return
@@ -362,7 +311,11 @@ def _match_figure(rows: Rows, title: str, name: str) -> Iterator[Figure]:
     base = next((match["share"] for model, _, match, _ in found if model == "base"), None)
     sizes = _sizes(match["n"] for _, _, match, _ in found)
     caption = f"Highest: {_best(max(estimates, key=_middle))}. {sizes} questions."
-    svg = charts.intervals(estimates, Words(name, title, caption), (0.0, 1.0), True, base)
+    words = Words(name, title, caption)
+    if by == "epoch":
+        svg = charts.by_epoch(estimates, words, percent=True)
+    else:
+        svg = charts.intervals(estimates, words, (0.0, 1.0), True, base)
     cells = [
         [
             model,
@@ -373,10 +326,10 @@ def _match_figure(rows: Rows, title: str, name: str) -> Iterator[Figure]:
         ]
         for model, _, match, m in found
     ]
-    yield Figure(title, svg, caption, Table(("model", "n", "right", "95%", "− base, points (95%)"), cells))
+    yield Figure(title, svg, caption, Table((by, "n", "right", "95%", "− base, points (95%)"), cells))
 
 
-def _held_out_figure(rows: Rows, title: str, name: str) -> Iterator[Figure]:
+def _held_out_figure(rows: Rows, title: str, name: str, by: str = "model") -> Iterator[Figure]:
     found = [(model, main, m["held_out"], m) for model, main, m in rows if m["held_out"]["nats_per_token"] is not None]
     if not found:
         return
@@ -387,7 +340,8 @@ def _held_out_figure(rows: Rows, title: str, name: str) -> Iterator[Figure]:
     base = next((loss["nats_per_token"] for model, _, loss, _ in found if model == "base"), None)
     sizes = _sizes(loss["n"] for _, _, loss, _ in found)
     caption = f"Nats a token; lower is better. Lowest: {_best(min(estimates, key=_middle))}. {sizes} held-out pairs."
-    svg = charts.intervals(estimates, Words(name, title, caption), None, False, base)
+    words = Words(name, title, caption)
+    svg = charts.by_epoch(estimates, words) if by == "epoch" else charts.intervals(estimates, words, reference=base)
     cells = [
         [
             model,
@@ -398,7 +352,7 @@ def _held_out_figure(rows: Rows, title: str, name: str) -> Iterator[Figure]:
         ]
         for model, _, loss, m in found
     ]
-    yield Figure(title, svg, caption, Table(("model", "n", "loss", "95%", "− base (95%)"), cells))
+    yield Figure(title, svg, caption, Table((by, "n", "loss", "95%", "− base (95%)"), cells))
 
 
 def _colour(model: str) -> str:

@@ -7,6 +7,7 @@ from pydantic import JsonValue
 from rich.markup import escape
 from rich.table import Table
 
+from selfalign.report.logs import read_log
 from selfalign.report.run import RunView, StepView
 
 
@@ -72,7 +73,22 @@ def metrics(run: RunView) -> dict[str, JsonValue]:
         if measured.get("against_base"):
             table.setdefault("against_base", {})[model] = measured["against_base"]
     found.update(table)
+    found.update(_metrics_by_epoch(run))
     return found
+
+
+def _metrics_by_epoch(run: RunView) -> dict[str, dict[str, JsonValue]]:
+    """Figures by model and epoch, where a training kept the models of its epochs: "1", "2" … and "last"."""
+    table: dict[str, dict[str, JsonValue]] = {}
+    for model, epochs in measurements_by_epoch(run):
+        for key, name, value in (
+            ("accuracy_by_epoch", "exact_match", "share"),
+            ("held_out_loss_by_epoch", "held_out", "nats_per_token"),
+        ):
+            if found := {epoch: measured[name] for epoch, measured in epochs.items() if measured.get(name)}:
+                table.setdefault(key, {})[model] = {epoch: each[value] for epoch, each in found.items()}
+                table.setdefault(f"{key}_ci", {})[model] = {epoch: each["ci"] for epoch, each in found.items()}
+    return table
 
 
 def measurements(run: RunView) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -81,12 +97,34 @@ def measurements(run: RunView) -> Iterator[tuple[str, dict[str, Any]]]:
         if step.name == "evaluate.base":
             model = "base" if step.arm is None else f"{step.arm} base"
         elif step.name.startswith("evaluate.forward@"):
-            k = step.name.rpartition("@")[2]
-            model = f"M{k}" if step.arm is None else step.arm if k == "1" else f"{step.arm} M{k}"
+            model = _model(step)
         else:
             continue
         if measured := _metrics(step):
             yield model, measured
+
+
+def measurements_by_epoch(run: RunView) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """What was measured of each model whose training kept its epochs, by epoch: "1", "2" … and "last", in order.
+
+    Models are named as in `measurements`; backward models are `backward`, with the arm in front of it if there is one.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for step in run.steps:
+        verb, epoch, number = step.name.partition("@")[0].partition("_epoch_")
+        if verb in ("evaluate.backward", "evaluate.forward") and (measured := _metrics(step)):
+            found.setdefault(_model(step), {})[number if epoch else "last"] = measured
+    for model, epochs in found.items():
+        if epochs.keys() != {"last"}:
+            yield model, epochs
+
+
+def _model(step: StepView) -> str:
+    """What the model is called that an evaluation measured."""
+    k = step.name.partition("@")[2]
+    if not k:
+        return "backward" if step.arm is None else f"{step.arm} backward"
+    return f"M{k}" if step.arm is None else step.arm if k == "1" else f"{step.arm} M{k}"
 
 
 def _metrics(step: StepView | None) -> dict[str, Any]:
@@ -108,11 +146,22 @@ def steps_table(run: RunView) -> Table:
             **{f"{k} (kept)": n for k, n in _counts(row["noted"]).items()},
         }
         told = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
-        told = "; ".join(filter(None, (told, step.message)))
+        told = "; ".join(filter(None, (told, step.message, _going(step))))
         cells = [row["in"], row["kept"], told, row["tokens"] or None, row["seconds"]]
         # Brackets are text here: rich would take `[arm]` for a style and drop it.
         table.add_row(escape(step.title), step.state, *("" if cell is None else escape(str(cell)) for cell in cells))
     return table
+
+
+def _going(step: StepView) -> str:
+    """How far a training is that runs, in words."""
+    log = read_log(step.artifact.folder / "metrics.jsonl") if step.state == "running" else None
+    if log is None or not log.curves.get("loss"):
+        return ""
+    at, loss = log.curves["loss"][-1]
+    speed = log.last("tokens_per_second")
+    told = [f"step {at:,.0f} of {log.last_step:,.0f}", f"loss {loss:.3g}"]
+    return ", ".join(told if speed is None else [*told, f"{speed:,.0f} tokens/s"])
 
 
 def _counts(value: JsonValue) -> dict[str, int]:
@@ -149,6 +198,12 @@ def figures(run: RunView) -> list[str]:
     ):
         if found.get(key) is not None:
             lines.append(f"{text}: {_figure(found[key])} (95%: {_ends(found[f'{key}_ci'])})")
+    by_epoch = _metrics_by_epoch(run)
+    for key, text in (("accuracy_by_epoch", "exact match"), ("held_out_loss_by_epoch", "held-out loss")):
+        for model, values in by_epoch.get(key, {}).items():
+            assert isinstance(values, dict)
+            told = [f"{_figure(value)} ({epoch})" for epoch, value in values.items() if value is not None]
+            lines += [f"{model}, {text} by epoch: {', '.join(told)}"] if told else []
     return lines
 
 

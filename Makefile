@@ -3,9 +3,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEEDS ?= 0 1 2
-N ?= 2000
 
-.PHONY: demo demo-seeds test fuzz bench check clean
+.PHONY: demo demo-seeds test test-train fuzz bench check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/selfalign run recipes/demo.yaml
@@ -18,7 +17,13 @@ demo-seeds: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
+# Trainings in two processes, and trainings that are killed, N times each; more than 3 run all combinations of settings.
+test-train: N ?= 3
+test-train: $(VENV)/.installed-dev
+	TRAIN_KILLS=$(N) $(BIN)/python -m pytest -m train $(ARGS)
+
 # N mutated files of every kind through the readers; `make test` runs 200.
+fuzz: N ?= 2000
 fuzz: $(VENV)/.installed-dev
 	FUZZ_CASES=$(N) $(BIN)/python -m pytest tests/data/test_fuzz.py
 
@@ -41,7 +46,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray,deepspeed]'
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed

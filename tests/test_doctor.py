@@ -279,6 +279,24 @@ def test_a_lock_of_a_build_that_was_killed_is_told(tmp_path: Path, monkeypatch: 
     is_told(doctor.torch_extensions(), "warn", f"rm {lock}", "minutes")
 
 
+def test_locks_are_looked_for_where_torch_keeps_its_extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    write(tmp_path, {"torch_extensions/py311_cu130/cpu_adam/lock": ""})
+    is_told(doctor.torch_extensions(), "warn", f"rm {tmp_path / 'torch_extensions/py311_cu130/cpu_adam/lock'}")
+
+
+def test_what_turns_deepspeed_off_or_elsewhere_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = ("ACCELERATE_USE_CPU", "DS_ACCELERATOR")
+    for variable in variables:
+        monkeypatch.delenv(variable, raising=False)
+    is_told(doctor.deepspeed(), "ok", importlib.metadata.version("deepspeed"))
+    for variable in variables:
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "cpu")
+            is_told(doctor.deepspeed(), "warn", f"{variable}=cpu", f"unset {variable}")
+
+
 # Services
 
 

@@ -65,6 +65,8 @@ def checks(run: Path) -> Iterator[Check]:
     yield hub()
     yield hub_cache()
     yield torch_extensions()
+    if _is_installed("deepspeed"):
+        yield deepspeed()
     for variable in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         if os.environ.get(variable):
             yield service(variable)
@@ -333,13 +335,27 @@ def open_files() -> Check:
 
 def torch_extensions() -> Check:
     """A build of a CUDA or CPU extension that was killed leaves a lock, and the next one waits for it for ever."""
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
     locks = sorted({*folder.glob("*/lock"), *folder.glob("*/*/lock")})
     if locks:
         age = (time.time() - locks[0].stat().st_mtime) / 60
         advice = f"if nothing is building now, delete it: rm {locks[0]}"
         return Check("torch extensions", "warn", f"{locks[0]} has been locked for {age:.0f} minutes", advice)
     return Check("torch extensions", "ok", "no lock is left behind")
+
+
+def deepspeed() -> Check:
+    """Nothing in the environment turns it off, or makes it compute somewhere else than the models are.
+
+    It compiles nothing with the configurations that come with the package, so no compiler is asked for.
+    """
+    version = importlib.metadata.version("deepspeed")
+    for variable, told in (("ACCELERATE_USE_CPU", "turns it off"), ("DS_ACCELERATOR", "decides where it computes")):
+        if os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off"):
+            found = f"{version}; {variable}={os.environ[variable]} {told}"
+            return Check("deepspeed", "warn", found, f"unset {variable}, unless you mean it")
+    return Check("deepspeed", "ok", f"{version}; nothing has to be compiled for it")
 
 
 def _existing(path: Path) -> Path:

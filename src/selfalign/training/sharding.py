@@ -100,10 +100,10 @@ def check_sharded(trainer: Any, stage: Stage) -> None:
 
 
 def gathered(trainer: Any) -> "dict[str, Tensor] | None":
-    """The trained weights, whole, on the CPU, by their names in the model; those of the adapter alone where there is one.
+    """The trained weights, whole and on the CPU, by their names in the model; where there is an adapter, its alone.
 
-    To be called by every rank; None on all but rank 0. Tied weights are one tensor under both names. Raises InternalError
-    where a tensor is empty, as those that ZeRO-3 leaves in the model are.
+    To be called by every rank; None on all but rank 0. Tied weights are one tensor under both names. Raises
+    InternalError where a tensor is empty, as those that ZeRO-3 leaves in the model are.
     """
     from peft import PeftModel
 

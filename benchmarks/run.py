@@ -12,7 +12,7 @@ from measure import show, write
 from selfalign.core.errors import SelfalignError
 
 # Each module has `row()`, which measures under the row's own conditions and returns a Result and a table.
-ROWS = {"5": "near_duplicates"}
+ROWS = {"4": "sft", "4b": "packing", "5": "near_duplicates"}
 
 
 def main(arguments: list[str]) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from selfalign import __version__
 from selfalign.core import preemption
 from selfalign.core.errors import SelfalignError, UsageError
+from selfalign.engines.config import has_accelerator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +43,9 @@ def main(argv: Sequence[str]) -> int:
     if rest:
         # argparse takes settings only where they stand together; people put them anywhere.
         arguments.overrides = [*arguments.overrides, *rest]
+    if not has_accelerator():
+        # DeepSpeed, where it is installed, would say on standard output what it finds.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Slurm and Kubernetes end a job with signals; the code tells them to start it again.
     preemption.handle()
     try:

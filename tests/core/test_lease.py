@@ -392,7 +392,7 @@ def test_a_lease_that_somebody_took_over_says_so_before_anything_is_committed(pa
         assert pickle.loads(pickle.dumps(mine)).is_held()
         left_by(path, "quicker", age_s=0)
         assert not mine.is_held()
-        with pytest.raises(LeaseHeldError, match="taken over by process .* on quicker"):
+        with pytest.raises(LeaseHeldError, match=r"taken over by process .* on quicker"):
             mine.check()
 
 

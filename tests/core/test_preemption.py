@@ -1,7 +1,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -30,49 +30,46 @@ def test_a_request_ends_work_that_cannot_save_itself_at_once(number: signal.Sign
         ask(number)
 
 
-def test_a_deferred_request_waits_until_the_work_is_done() -> None:
-    done = False
-    with pytest.raises(PreemptedError, match="SIGTERM"), preemption.delivered():
+def deferring(*work: Callable[[], object]) -> None:
+    with preemption.delivered():
         preemption.defer()
-        assert not preemption.asked()
-        ask()
-        assert preemption.asked()
-        done = True
-    assert done
+        for each in work:
+            each()
+
+
+def fail() -> None:
+    raise GateError("no number")
+
+
+def test_a_deferred_request_waits_until_the_work_is_done() -> None:
+    seen: list[bool] = []
+    with pytest.raises(PreemptedError, match="SIGTERM"):
+        deferring(lambda: seen.append(preemption.asked()), ask, lambda: seen.append(preemption.asked()))
+    assert seen == [False, True]
     with pytest.raises(PreemptedError):
         ask()
 
 
 def test_a_request_that_the_work_ended_for_is_told_once() -> None:
-    with pytest.raises(PreemptedError), preemption.delivered():
-        preemption.defer()
-        ask()
-        preemption.deliver()
-    with preemption.delivered():
-        pass
+    with pytest.raises(PreemptedError):
+        deferring(ask, preemption.deliver)
+    deferring()
 
 
 def test_an_error_of_the_work_is_told_and_later_requests_end_at_once() -> None:
-    with pytest.raises(GateError), preemption.delivered():
-        preemption.defer()
-        ask()
-        raise GateError("no number")
+    with pytest.raises(GateError):
+        deferring(ask, fail)
     with pytest.raises(PreemptedError):
         ask()
 
 
 def test_a_request_that_nobody_looks_at_ends_the_work_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preemption, "PATIENCE_S", 0.05)
-    with pytest.raises(PreemptedError, match="last checkpoint"), preemption.delivered():
-        preemption.defer()
-        ask()
-        time.sleep(5)
+    with pytest.raises(PreemptedError, match="last checkpoint"):
+        deferring(ask, lambda: time.sleep(5))
 
 
 def test_whoever_has_looked_may_take_the_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preemption, "PATIENCE_S", 0.05)
-    with pytest.raises(PreemptedError, match="SIGTERM"), preemption.delivered():
-        preemption.defer()
-        ask()
-        assert preemption.asked()
-        time.sleep(0.1)
+    with pytest.raises(PreemptedError, match="SIGTERM"):
+        deferring(ask, preemption.asked, lambda: time.sleep(0.1))

@@ -203,6 +203,12 @@ def test_contradicting_settings_are_refused_before_anything_loads(recipe: Path) 
         made(recipe, "model.quantisation=nf4")
 
 
+def test_a_contradiction_is_told_with_its_section_and_arm_before_any_model_is_looked_up(recipe: Path) -> None:
+    both = "forward.packing: true, forward.group_by_length: true"
+    with pytest.raises(UsageError, match=r"^arms\.mine: forward: packing .* group_by_length"):
+        made(recipe, "model.path=/nowhere/at/all", f"arms={{mine: {{{both}}}}}")
+
+
 def test_a_model_that_is_nowhere_is_told_in_one_sentence(recipe: Path) -> None:
     with pytest.raises(UsageError, match=r"model\.path: no model at /nowhere/at/all"):
         made(recipe, "model.path=/nowhere/at/all")

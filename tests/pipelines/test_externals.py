@@ -97,6 +97,17 @@ def test_a_model_here_is_loaded_from_its_absolute_path(model: Path, monkeypatch:
     assert source.digest == digest_of(model)
 
 
+def test_a_gpu_without_bfloat16_is_told_as_such(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("selfalign.engines.config.has_accelerator", lambda: True)
+    monkeypatch.setattr("selfalign.engines.config.has_bfloat16", lambda: False)
+    monkeypatch.setattr(externals, "has_accelerator", lambda: True)
+    with caplog.at_level("INFO"):
+        Externals().model(ModelConfig(path=str(model), dtype="bfloat16"), "model.path")
+    assert f"this GPU has no bfloat16: {model} is loaded in float16, not bfloat16" in caplog.text
+
+
 @pytest.mark.parametrize("path", ["./missing", "/missing/at/all", "~/missing", "missing", "a/b/c", "../org/name"])
 def test_a_path_that_is_nowhere_is_told_without_asking_the_hub(hub: Hub, tmp_path: Path, path: str) -> None:
     with pytest.raises(UsageError, match=r"curate\.rater\.model: no model at .*; name a folder, or a model on the Hub"):

@@ -142,5 +142,5 @@ def test_the_models_of_epochs_stay_beside_the_checkpoints_and_are_taken_whole(
 def test_the_model_of_an_epoch_that_was_damaged_is_not_taken(checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoints.commit_epoch(written(checkpoints, "epoch"), 1)
     (checkpoints.epoch(1) / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(StorageError, match="model.safetensors is not what was written; delete"):
+    with pytest.raises(StorageError, match=r"model\.safetensors is not what was written; delete"):
         checkpoints.take_epoch(1, tmp_path / "epoch-1")

@@ -1,4 +1,6 @@
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -6,7 +8,8 @@ import pytest
 from selfalign.core.errors import MismatchError
 from selfalign.core.records import Example, Message
 from selfalign.engines.chat import Chat
-from selfalign.training.preflight import IGNORED, Tokenised, check, fit, stop_ids, tokenise
+from selfalign.engines.config import ModelConfig
+from selfalign.training.preflight import IGNORED, Tokenised, check, check_saved, fit, stop_ids, tokenise
 
 Make = Callable[..., Example]
 
@@ -145,3 +148,64 @@ def test_the_report_shows_one_example_with_its_loss_span_marked(base: Any, examp
 def test_a_reply_ends_where_the_template_or_the_generation_config_says(base: Any) -> None:
     assert stop_ids(base.tokenizer(), base.plain) == {1}
     assert stop_ids(base.tokenizer("chatml"), base.chatml) == {1, 3}
+
+
+@pytest.mark.parametrize("ending", ["</s>", "<|im_end|>", "<|im_start|>"])
+def test_any_of_several_stop_tokens_ends_a_reply(
+    base: Any, example: Make, tmp_path: Path, endless: str, ending: str
+) -> None:
+    # As Llama 3's, whose replies end in a token that is not the tokenizer's own.
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2, 3]}')
+    tokenizer = base.tokenizer(endless)
+    tokenizer.chat_template += f"{{% if not add_generation_prompt %}}{ending}{{% endif %}}"
+    stops = stop_ids(tokenizer, ModelConfig(path=str(tmp_path)))
+    assert stops == {1, 2, 3}
+    row = tokenise(example(), tokenizer, stops)
+    assert trained_text(row, tokenizer).endswith(ending)
+    assert check([row], tokenizer).truncated == 0
+
+
+def test_the_loss_span_is_the_same_with_generation_markers_in_the_template_and_without(
+    base: Any, example: Make
+) -> None:
+    tokenizer = base.tokenizer("chatml")
+    stops = stop_ids(tokenizer, base.chatml)
+    marked = tokenise(example(), tokenizer, stops)
+    for marker in ("{%- generation -%}", "{%- endgeneration -%}"):
+        assert marker in tokenizer.chat_template
+        tokenizer.chat_template = tokenizer.chat_template.replace(marker, "")
+    assert tokenise(example(), tokenizer, stops) == marked
+    assert trained_text(marked, tokenizer) == "In the north.<|im_end|>"
+
+
+def test_the_report_tells_how_full_packed_sequences_are_and_what_the_card_has_room_for(
+    base: Any, example: Make
+) -> None:
+    tokenizer = base.tokenizer()
+    row = tokenise(example(), tokenizer)
+    length = len(row.input_ids)
+    report = check([row] * 6, tokenizer, sequences=2, max_length=4 * length)
+    assert "packed into 2 sequences, 75.0% of which are tokens" in report.text()
+    assert "packed" not in check([row], tokenizer).text()
+    assert "memory a device: 1 GiB" in replace(report, memory="memory a device: 1 GiB").text()
+
+
+def test_what_was_saved_reads_the_rows_as_they_were_trained(base: Any, example: Make, tmp_path: Path) -> None:
+    tokenizer = base.tokenizer("chatml")
+    stops = stop_ids(tokenizer, base.chatml)
+    rows = [example(), example(completion="Zürich, 東京 🙂", id="b")]
+    tokenizer.save_pretrained(tmp_path)
+    check_saved(tmp_path, rows, tokenizer, stops)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
+    with pytest.raises(MismatchError, match=r"a: .*once saved, read token 1 on as .*<\|im_start\|> "):
+        check_saved(tmp_path, rows, tokenizer, stops)
+
+
+def test_a_saved_tokenizer_that_splits_otherwise_is_refused(base: Any, example: Make, tmp_path: Path) -> None:
+    tokenizer = base.tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    changed = base.tokenizer()
+    changed.add_tokens(["north"])
+    with pytest.raises(MismatchError, match="once saved"):
+        check_saved(tmp_path, [example()], changed, frozenset({1}))

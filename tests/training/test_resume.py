@@ -2,17 +2,20 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from selfalign.core.lease import Lease, Owner
+from selfalign.training.checkpoints import Checkpoints
 from training.resumable import Attempt, Case, killed
 
 pytestmark = pytest.mark.train
 
-KILLS = int(os.environ.get("N", "3"))
+KILLS = int(os.environ.get("TRAIN_KILLS", "3"))
 LORA = {"lora_r": 8, "lora_dropout": 0.1}
 CASES = {
     "lora-packed": Case({**LORA, "packing": True, "num_train_epochs": 6}),
@@ -75,3 +78,43 @@ def test_a_training_that_is_asked_to_end_saves_itself_and_goes_on_from_there(
     second = Attempt(case, first.folder)
     assert second.result() == expected
     assert second.resumed_at()[-1] >= stop
+
+
+def test_a_checkpoint_of_a_real_training_with_any_file_damaged_is_passed_over(tmp_path: Path) -> None:
+    case = Case({**LORA, "save_steps": 2})
+    expected = Attempt(case, tmp_path / "undisturbed").result()
+    first = Attempt(case, tmp_path / "torn")
+    assert first.reaches(7)
+    first.signal(signal.SIGKILL)
+    first.ended()
+    kept = first.folder / "kept"
+    before, newest = sorted(kept.glob("step-*"))
+    names = [p.relative_to(newest) for p in newest.rglob("*") if p.is_file()]
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= set(map(str, names))
+    spare = tmp_path / "spare"
+    for name in names:
+        for damage in (unlink, cut, flip):
+            shutil.copytree(kept, spare / "kept")
+            damage(spare / "kept" / newest.name / name)
+            found = Checkpoints(spare / "kept", "this", Lease(tmp_path, Owner.this_process())).newest()
+            assert found == spare / "kept" / before.name, (name, damage)
+            shutil.rmtree(spare)
+    flip(newest / "optimizer.pt")
+    second = Attempt(case, first.folder)
+    assert second.result() == expected
+    assert second.resumed_at() == [int(before.name.removeprefix("step-"))]
+    assert f"{newest} is skipped: optimizer.pt is not what was written" in (first.folder / "output.txt").read_text()
+
+
+def unlink(path: Path) -> None:
+    path.unlink()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    path.write_bytes(data)

@@ -4,7 +4,6 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,32 +150,6 @@ def test_the_recipes_optimisers_step_without_an_accelerator(
 ) -> None:
     run = Run(examples, base.plain, FULL.model_copy(update={"optim": optim}), tmp_path / "m")
     assert run.fell_by > 0.2
-
-
-def test_packed_documents_do_not_see_each_other_and_would_under_a_mask_of_ones(
-    base: Any, examples: list[Example]
-) -> None:
-    import torch
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    from selfalign.training.sft import _dataset
-
-    tokenizer = base.tokenizer()
-    rows = [tokenise(e, tokenizer) for e in examples[:9]]
-    packed = _dataset(rows, FULL.model_copy(update={"packing": True, "max_length": 128}))
-    assert len(packed) < len(rows)
-    batch = DataCollatorForLanguageModeling(pad_token_id=1, padding_free=True)(list(packed))
-    assert "attention_mask" not in batch
-    model = load(base.path).eval()
-    ids, places = batch["input_ids"], batch["position_ids"]
-    starts = [*(places[0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
-    with torch.no_grad():
-        apart = model(ids, position_ids=places, use_cache=False).logits[0]
-        mixed = model(ids, position_ids=places, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
-        alone = [model(ids[:, a:b]).logits[0] for a, b in pairwise(starts)]
-    assert len(alone) == len(rows)
-    assert (apart - torch.cat(alone)).abs().max() < 1e-4
-    assert (mixed - torch.cat(alone)).abs().max() > 1e-2
 
 
 def test_packing_gives_the_same_loss_as_no_packing(base: Any, examples: list[Example], tmp_path: Path) -> None:

@@ -83,6 +83,11 @@ class RayBackend:
 
     def build(self, job: BuildJob, log: Log) -> Built:
         """See `core.protocols.Backend`."""
+        if (processes := job.stage.processes) is not None:
+            raise UsageError(
+                f"{job.stage.name} wants {processes} processes that build together, which the Ray backend does not "
+                "start yet; run this section with --backend local on the machine that has the GPUs, and the rest on Ray"
+            )
         worker = self._start(job.resources)
         try:
             built, lines = self._ray.get(worker.build.remote(self._code, job))

@@ -42,6 +42,6 @@ def code_digest() -> str:
     """SHA-256 over this package's sources, prompts and templates: what driver and workers compare."""
     root = Path(__file__).parents[1]
     sha = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".txt", ".jinja")):
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".txt", ".jinja", ".json")):
         sha.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return sha.hexdigest()

@@ -34,13 +34,11 @@ def load_tokenizer(config: ModelConfig, setting: str = "model.path") -> "PreTrai
     return tokenizer
 
 
-def load_model(config: ModelConfig, sharded: bool = False) -> "PreTrainedModel":
-    """The base model in its dtype and quantisation, on this rank's accelerator where there is one, in eval mode.
-
-    `sharded`: DeepSpeed places it, in pieces.
-    """
+def load_model(config: ModelConfig) -> "PreTrainedModel":
+    """The base model in its dtype and quantisation, on this process's accelerator where there is one, in eval mode."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     dtype = getattr(torch, config.dtype)
     extra: dict[str, Any] = {}
@@ -54,14 +52,15 @@ def load_model(config: ModelConfig, sharded: bool = False) -> "PreTrainedModel":
         )
     elif config.quantisation == "int8":
         extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     model = _fetch(
         AutoModelForCausalLM,
         config,
         "model.path",
         use_safetensors=True,
         dtype=dtype,
-        device_map=None if sharded else {"": device},
+        # Under ZeRO-3 every rank loads its share, and DeepSpeed says where.
+        device_map=None if is_deepspeed_zero3_enabled() else {"": device},
         **extra,
     )
     if device == "cpu":

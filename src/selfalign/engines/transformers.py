@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from selfalign.core.errors import InternalError, MismatchError, UsageError
+from selfalign.core.errors import InternalError, MismatchError
 from selfalign.core.protocols import Reply, Request, Sampling, Score
+from selfalign.engines.adapters import check_adapter, refuse_adapter
 from selfalign.engines.chat import Chat, before_first, common_prefix
 from selfalign.engines.config import ModelConfig
 from selfalign.engines.loading import load_model, load_tokenizer
@@ -42,6 +43,7 @@ class TransformersEngine:
         import torch
 
         torch.set_num_threads(config.threads)
+        refuse_adapter(config)
         self.tokens = 0
         self._config = config
         self._chat = Chat(load_tokenizer(config))
@@ -193,35 +195,14 @@ class TransformersEngine:
     def _load(self, adapter: Path) -> str:
         from peft import PeftConfig, PeftModel
 
-        if not (adapter / "adapter_config.json").is_file():
-            raise UsageError(f"{adapter} is not an adapter: it has no adapter_config.json")
-        config = PeftConfig.from_pretrained(str(adapter))
+        check_adapter(adapter, self._config)
         name = f"adapter{len(self._adapters)}"
-        misfit = (
-            f"the adapter {adapter} does not fit the model {self._config.path}: it was trained on "
-            f"{config.base_model_name_or_path}"
-        )
-        if config.is_prompt_learning:
-            raise MismatchError(
-                f"{adapter}: adapters that learn a prompt ({config.peft_type}) are not supported; use LoRA"
-            )
         # The dtype it was saved in: float32 copies of a half-precision adapter would only be slower.
-        try:
-            if self._peft is None:
-                self._peft = PeftModel(self._model, config, name, autocast_adapter_dtype=False)
-            found = self._peft.load_adapter(str(adapter), name, autocast_adapter_dtype=False)
-        except (ValueError, RuntimeError) as error:
-            self._drop(name)
-            raise MismatchError(f"{misfit}: {error}") from error
-        if found.missing_keys or found.unexpected_keys:
-            self._drop(name)
-            odd = [*found.missing_keys, *found.unexpected_keys]
-            raise MismatchError(f"{misfit}: {len(odd)} weights have no counterpart, such as {odd[0]}")
+        if self._peft is None:
+            config = PeftConfig.from_pretrained(str(adapter))
+            self._peft = PeftModel(self._model, config, name, autocast_adapter_dtype=False)
+        self._peft.load_adapter(str(adapter), name, autocast_adapter_dtype=False)
         return name
-
-    def _drop(self, name: str) -> None:
-        if self._peft is not None and name in self._peft.peft_config:
-            self._peft.delete_adapter(name)
 
 
 @dataclass(frozen=True, slots=True)

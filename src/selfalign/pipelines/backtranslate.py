@@ -31,6 +31,11 @@ def steps(loaded: Loaded, externals: Externals) -> list[Step]:
         raise RecipeError("curate.match_size and forward.match_exposure belong into an arm: the main one is matched to")
     recipes: dict[str | None, Recipe] = {None: loaded.recipe}
     recipes.update(loaded.arms)
+    for name, recipe in recipes.items():
+        # Before any model is looked up or read for its digest.
+        at = "" if name is None else f"arms.{name}: "
+        refuse_contradictions(recipe.backward, recipe.model, f"{at}backward")
+        refuse_contradictions(recipe.forward, recipe.model, f"{at}forward")
     built: dict[str | None, _Arm] = {}
     shared: dict[tuple[str, str, str], Step] = {}
     for name in _by_reference(recipes):
@@ -114,8 +119,6 @@ class _Arm:
     def unroll(self) -> None:
         """All steps, in the order in which people read them."""
         recipe = self.recipe
-        refuse_contradictions(recipe.backward, self.base.config)
-        refuse_contradictions(recipe.forward, self.base.config)
         needs_m0 = recipe.curate.rater.model == "previous" and recipe.curate.keep == "rated"
         if needs_m0 and not recipe.forward.include_seed:
             raise RecipeError("curate.rater.model=previous needs M0, and forward.include_seed=false leaves it no row")

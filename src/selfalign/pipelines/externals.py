@@ -16,7 +16,7 @@ from selfalign.data.archives import codec_of
 from selfalign.data.config import FormatName, SourceConfig
 from selfalign.data.readers import kind_of
 from selfalign.data.sources import pin_key, resolve
-from selfalign.engines.config import ModelConfig, on_this_machine, template_text
+from selfalign.engines.config import ModelConfig, has_accelerator, on_this_machine, template_text
 
 _logger = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ class Externals:
         resolved = on_this_machine(config)
         if resolved.dtype != config.dtype and config.path not in self._told:
             self._told.add(config.path)
-            _logger.info("no accelerator here: %s is loaded in %s, not %s", config.path, resolved.dtype, config.dtype)
+            why = "this GPU has no bfloat16" if has_accelerator() else "no accelerator here"
+            _logger.info("%s: %s is loaded in %s, not %s", why, config.path, resolved.dtype, config.dtype)
         config = resolved
         if config.chat_template is not None:
             # By its text, so that a file that changes meanwhile, or is not there on a worker, does no harm.

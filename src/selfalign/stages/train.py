@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pydantic import Field, JsonValue, PositiveInt
+from pydantic import Field, JsonValue, PositiveInt, model_validator
 
 from selfalign.core.errors import GateError
 from selfalign.core.ledger import Ledger
@@ -26,6 +26,16 @@ class ForwardConfig(TrainConfig, ComposeConfig):
     seed_max_steps: PositiveInt | None = Field(None, description="max_steps of M0, which sees the seed alone")
     match_exposure: str | None = Field(None, description="show each row as often as this arm does, in more steps")
 
+    @model_validator(mode="after")
+    def _steps_once(self) -> "ForwardConfig":
+        for name in ("seed_max_steps", "match_exposure"):
+            if self.size_schedule is not None and (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"size_schedule={self.size_schedule} decides the steps of each model, and so does {name}={value}; "
+                    "set size_schedule to null, or leave it out"
+                )
+        return self
+
     def training(self, k: int) -> TrainConfig:
         """The hyper-parameters of M_k alone."""
         config = TrainConfig(**self.model_dump(include=set(TrainConfig.model_fields)))
@@ -40,6 +50,7 @@ class Train(BuildStage):
     """Rows → a model folder, or an adapter's. With an input `match`, each row is seen as often as there."""
 
     name: ClassVar[str] = "train"
+    version: ClassVar[int] = 2
     seeded: ClassVar[bool] = True
     config: TrainConfig
     model: ModelConfig

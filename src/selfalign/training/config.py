@@ -126,8 +126,8 @@ def _beside_a_schedule(config: TrainConfig) -> Iterator[str]:
     chosen = f"size_schedule={config.size_schedule}"
     for name in ("max_steps", "num_train_epochs", "gradient_accumulation_steps"):
         if not _is_default(config, name):
-            value = getattr(config, name)
-            yield f"{chosen} decides the rows a step and the steps, and so does {name}={value}; leave one of them out"
+            own = f"{name}={getattr(config, name)}"
+            yield f"{chosen} decides rows a step and steps, as does {own}; set size_schedule to null, or leave it out"
     if config.packing:
         yield f"{chosen} counts rows, and packing joins them to sequences; set packing to false, or leave it out"
     if config.keep_epochs:
@@ -155,7 +155,7 @@ def _about_the_rate(config: TrainConfig) -> Iterator[str]:
             "above; lower lr_end, or raise learning_rate"
         )
     if schedule == "cosine_with_min_lr" and settings.min_lr_rate is None:
-        yield f"{named} needs lr_scheduler_kwargs.min_lr_rate, the share of learning_rate at which it ends; or use cosine"
+        yield f"{named} needs lr_scheduler_kwargs.min_lr_rate, the share of learning_rate it ends at; or name cosine"
     if config.optim == "adafactor" and not _is_default(config, "adam_beta2"):
         yield f"optim=adafactor has no adam_beta2 ({config.adam_beta2:g}); leave it out, or name an AdamW"
 

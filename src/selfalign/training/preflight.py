@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from selfalign.core.errors import MismatchError
 from selfalign.core.records import Example, Message
-from selfalign.engines.chat import Chat
+from selfalign.engines.chat import Chat, common_prefix
 from selfalign.engines.config import ModelConfig
+from selfalign.engines.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,7 +52,11 @@ class Tokenised:
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What a training run is about to do. `rows` are trained; `too_long` were dropped before."""
+    """What a training run is about to do. `rows` are trained; `too_long` were dropped before.
+
+    `sequences`: what the rows were packed into, of which `fill` (0..1) is tokens; 0 without packing. `memory`: what is
+    to be said about the card.
+    """
 
     rows: int
     too_long: int
@@ -61,6 +66,9 @@ class Preflight:
     trained_tokens: int
     steps: int
     sample: str
+    sequences: int = 0
+    fill: float = 0.0
+    memory: str = ""
 
     @property
     def truncated_share(self) -> float:
@@ -78,6 +86,10 @@ class Preflight:
             lines.append(
                 f"{self.straddling} rows share a token between prompt and completion; it is trained as completion"
             )
+        if self.sequences:
+            lines.append(f"packed into {self.sequences} sequences, {self.fill:.1%} of which are tokens")
+        if self.memory:
+            lines.append(self.memory)
         return "\n".join([*lines, "an example, its loss span in ⟦ ⟧:", self.sample])
 
 
@@ -163,9 +175,14 @@ def fit(rows: Iterable[Tokenised], max_length: int) -> tuple[list[Tokenised], in
 
 
 def check(
-    rows: Sequence[Tokenised], tokenizer: "PreTrainedTokenizerFast", too_long: int = 0, steps: int = 0
+    rows: Sequence[Tokenised],
+    tokenizer: "PreTrainedTokenizerFast",
+    too_long: int = 0,
+    steps: int = 0,
+    sequences: int = 0,
+    max_length: int = 0,
 ) -> Preflight:
-    """The report on `rows`, which `fit` returned.
+    """The report on `rows`, which `fit` returned, and which are packed into so many `sequences` of `max_length`.
 
     Raises MismatchError for what would train the wrong thing without any sign of it: nothing to train, a doubled
     first token, a reply that never learns to end.
@@ -184,16 +201,36 @@ def check(
                 f"{row.id}: its reply ends in {end!r}, which is no stop token ({tokenizer.eos_token!r} is one), so "
                 "the model would never learn to stop; use a chat template that ends a reply with the stop token"
             )
+    tokens = sum(len(row.input_ids) for row in rows)
     return Preflight(
         rows=len(rows),
         too_long=too_long,
         truncated=sum(row.truncated for row in rows),
         straddling=sum(row.straddles for row in rows),
-        tokens=sum(len(row.input_ids) for row in rows),
+        tokens=tokens,
         trained_tokens=sum(sum(row.completion_mask) for row in rows),
         steps=steps,
         sample="".join(_marked(rows[0], tokenizer)),
+        sequences=sequences,
+        fill=tokens / (sequences * max_length) if sequences else 0.0,
     )
+
+
+def check_saved(
+    folder: Path, examples: Iterable[Example], tokenizer: "PreTrainedTokenizerFast", stops: frozenset[int]
+) -> None:
+    """Raise MismatchError where the tokenizer and template in `folder` do not read `examples` as they were trained."""
+    saved = load_tokenizer(ModelConfig(path=str(folder)))
+    for example in examples:
+        trained, read = tokenise(example, tokenizer, stops), tokenise(example, saved, stops)
+        if trained == read:
+            continue
+        at = common_prefix([list(trained.input_ids), list(read.input_ids)])
+        was, now = (tokenizer.decode(list(row.input_ids[max(at - 4, 0) : at + 4])) for row in (trained, read))
+        raise MismatchError(
+            f"{example.id}: tokenizer and chat template, once saved, read token {at} on as {now!r}, and trained was "
+            f"{was!r}; use a tokenizer and a template that can be saved whole"
+        )
 
 
 def _marked(row: Tokenised, tokenizer: "PreTrainedTokenizerFast") -> Iterator[str]:

@@ -33,7 +33,7 @@ def _on_lines(rows: int, points: Sequence[tuple[int, int]]) -> int:
     """Steps at `rows` on the lines through `points`, of which the first and the last go on. Log-log axes."""
     lines = list(pairwise(points))
     (n0, s0), (n1, s1) = next((line for line in lines if rows <= line[1][0]), lines[-1])
-    return round(s0 * (s1 / s0) ** (math.log(rows / n0) / math.log(n1 / n0)))
+    return round(s0 * math.pow(s1 / s0, math.log(rows / n0) / math.log(n1 / n0)))
 
 
 def scheduled(config: TrainConfig, rows: int) -> TrainConfig:

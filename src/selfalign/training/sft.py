@@ -6,7 +6,8 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,17 @@ from selfalign.core import preemption
 from selfalign.core.errors import InternalError, MismatchError, PreemptedError
 from selfalign.core.records import Example
 from selfalign.core.stage import Log
+from selfalign.engines.adapters import skeleton
 from selfalign.engines.config import ModelConfig
 from selfalign.engines.loading import load_model, load_tokenizer, settle_generation
 from selfalign.training import ranks, sharding
+from selfalign.training.attention import attend_by_document
 from selfalign.training.checkpoints import Checkpoints
 from selfalign.training.config import TrainConfig, refuse_contradictions
-from selfalign.training.preflight import Preflight, Tokenised, check, fit, stop_ids, tokenise
+from selfalign.training.memory import explained_out_of_memory, forecast, largest_batch
+from selfalign.training.packing import sequences
+from selfalign.training.preflight import IGNORED, Preflight, Tokenised, check, check_saved, fit, stop_ids, tokenise
+from selfalign.training.schedules import scheduled
 from selfalign.training.trainer import reporter, trainer_class
 
 if TYPE_CHECKING:
@@ -27,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 _logger = logging.getLogger(__name__)
+
+SAVED_ROWS = 8
+"""Rows that the saved tokenizer and template must read as they were trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +83,16 @@ def train(
     tokenizer = load_tokenizer(model)
     stops = stop_ids(tokenizer, model)
     rows, too_long = fit((tokenise(e, tokenizer, stops) for e in examples), config.max_length)
-    data = _dataset(rows, config)
-    report = check(rows, tokenizer, too_long, _steps(len(data), config))
+    config = scheduled(config, len(rows))
+    data = sequences(rows, config.max_length if config.packing else None)
+    packed = len(data) if config.packing else 0
+    report = check(rows, tokenizer, too_long, _steps(len(data), config), packed, config.max_length)
+    shape = skeleton(model)
+    _check_fit(shape, rows, config)
+    lengths = [len(ids) for ids in data["input_ids"]]
+    trained = [sum(label != IGNORED for label in labels) for labels in data["labels"]]
+    memory = forecast(model, config, largest_batch(lengths, trained, config), shape)
+    report = replace(report, memory=memory.text())
     newest = ranks.from_first(checkpoints.newest() if ranks.rank() == 0 else None)
     if ranks.rank() == 0:
         _logger.info("%s", report.text())
@@ -83,22 +100,26 @@ def train(
             _logger.info("going on from %s", newest)
 
     arguments = _arguments(model, config, checkpoints.draft(), seed)
-    base = load_model(_trainable(model, config), sharded=config.deepspeed is not None)
+    with explained_out_of_memory("loading the model", memory):
+        base = load_model(_trainable(model, config))
     use_cache = base.config.use_cache
-    _check_fit(base, rows, config)
     settle_generation(base, stops)
+    if config.packing:
+        attend_by_document(base)
 
     def save(trainer: Any, to: Path) -> None:
         _save(trainer, tokenizer, model, to, use_cache)
 
-    trainer = _trainer(base, tokenizer, data, model, config, arguments, log, checkpoints, save)
-    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    with explained_out_of_memory("training", memory):
+        trainer = _trainer(base, tokenizer, data, model, config, arguments, log, checkpoints, save)
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     if trainer.state.global_step < trainer.state.max_steps:
         preemption.deliver()
         raise PreemptedError("stopped, since another rank was; the same command goes on from here")
     save(trainer, folder)
-    if ranks.rank() == 0 and config.keep_epochs:
-        for epoch in range(1, math.ceil(config.num_train_epochs)):
+    if ranks.rank() == 0:
+        check_saved(folder, examples[:SAVED_ROWS], tokenizer, stops)
+        for epoch in range(1, math.ceil(config.num_train_epochs) if config.keep_epochs else 1):
             checkpoints.take_epoch(epoch, folder / f"epoch-{epoch}")
     steps = trainer.state.global_step
     metrics = {
@@ -125,24 +146,6 @@ def _trainable(model: ModelConfig, config: TrainConfig) -> ModelConfig:
     return model.model_copy(update={"dtype": "float32"})
 
 
-def _dataset(rows: Sequence[Tokenised], config: TrainConfig) -> "Dataset":
-    """Input ids and labels, packed into sequences of at most `max_length` where the recipe asks for it."""
-    import datasets
-    from trl import pack_dataset
-
-    columns = {"input_ids": [list(r.input_ids) for r in rows], "labels": [r.labels for r in rows]}
-    data = datasets.Dataset.from_dict(columns)
-    if not (config.packing and rows):
-        return data
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        return pack_dataset(data, config.max_length, "bfd")
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
 def _steps(sequences: int, config: TrainConfig) -> int:
     """Optimiser steps, as the trainer counts them."""
     if config.max_steps > 0:
@@ -151,14 +154,14 @@ def _steps(sequences: int, config: TrainConfig) -> int:
     return math.ceil(math.ceil(batches / config.gradient_accumulation_steps) * config.num_train_epochs)
 
 
-def _check_fit(base: "PreTrainedModel", rows: Sequence[Tokenised], config: TrainConfig) -> None:
+def _check_fit(shape: "PreTrainedModel", rows: Sequence[Tokenised], config: TrainConfig) -> None:
     """Raise MismatchError for tokens or target modules that the model does not have."""
-    size = base.config.vocab_size
+    size = shape.get_input_embeddings().weight.shape[0]
     largest = max(max(row.input_ids) for row in rows)
     if largest >= size:
         raise MismatchError(f"the tokenizer gives token {largest}, the model has {size}: they do not belong together")
     if config.lora_r is not None and config.target_modules != "all-linear":
-        names = [name for name, _ in base.named_modules()]
+        names = [name for name, _ in shape.named_modules()]
         missing = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
         if missing:
             raise MismatchError(f"target_modules: the model has no {', '.join(missing)}; all-linear fits any model")
@@ -176,6 +179,7 @@ def _trainer(
     save: Any,
 ) -> Any:
     """TRL's SFTTrainer over ready labels. It seeds every generator before it draws the adapter's weights."""
+    import torch
     from transformers import PrinterCallback
 
     trainer = trainer_class()(
@@ -190,11 +194,12 @@ def _trainer(
         callbacks=[reporter(config, log)],
     )
     trainer.remove_callback(PrinterCallback)
-    if config.deepspeed is None:
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                # TRL casts adapters over a quantised base to bfloat16, where small updates round to nothing.
-                parameter.data = parameter.data.float()
+    # TRL casts adapters over a quantised base to bfloat16, where small updates round to nothing. DeepSpeed keeps copies
+    # in float32 of its own, and gathers tensors of one type only.
+    dtype = torch.float32 if config.deepspeed is None else getattr(torch, model.dtype)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     return trainer
 
 
@@ -221,6 +226,7 @@ def _arguments(model: ModelConfig, config: TrainConfig, scratch: Path, seed: int
             packing_strategy="bfd",
             dataset_kwargs={"skip_prepare_dataset": True},
             use_cpu=not gpu,
+            use_liger_kernel=gpu and find_spec("liger_kernel") is not None,
             bf16=gpu and model.dtype == "bfloat16",
             fp16=gpu and model.dtype == "float16",
             dataloader_pin_memory=gpu,

@@ -83,6 +83,13 @@ def trainer_class() -> Any:
                 self.tokens, self.loss_sum, self._last = figures["tokens"], figures["loss_sum"], figures["step"]
             return super().train(resume_from_checkpoint=resume_from_checkpoint)
 
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            if self.config.deepspeed is not None:
+                # A polynomial asks for the defaults of the optimizer, which DeepSpeed's, around it, does not hand on.
+                zero = self.optimizer.optimizer
+                zero.defaults = zero.optimizer.defaults
+            return super().create_scheduler(num_training_steps, optimizer)
+
         def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
             prepared = super()._prepare_for_training(*arguments, **named)
             if self.config.deepspeed is not None:

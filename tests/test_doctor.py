@@ -293,8 +293,8 @@ def test_what_turns_deepspeed_off_or_elsewhere_is_told(monkeypatch: pytest.Monke
     is_told(doctor.deepspeed(), "ok", importlib.metadata.version("deepspeed"))
     for variable in variables:
         with monkeypatch.context() as patch:
-            patch.setenv(variable, "cpu")
-            is_told(doctor.deepspeed(), "warn", f"{variable}=cpu", f"unset {variable}")
+            patch.setenv(variable, "xpu")
+            is_told(doctor.deepspeed(), "warn", f"{variable}=xpu", f"unset {variable}")
 
 
 # Services

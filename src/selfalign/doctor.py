@@ -351,8 +351,16 @@ def deepspeed() -> Check:
     It compiles nothing with the configurations that come with the package, so no compiler is asked for.
     """
     version = importlib.metadata.version("deepspeed")
-    for variable, told in (("ACCELERATE_USE_CPU", "turns it off"), ("DS_ACCELERATOR", "decides where it computes")):
-        if os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off"):
+    from selfalign.engines.config import has_accelerator
+
+    off = os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("", "0", "false", "no", "off")
+    # Without a GPU every command of ours sets it to cpu.
+    elsewhere = os.environ.get("DS_ACCELERATOR") not in (None, "", "cuda" if has_accelerator() else "cpu")
+    for variable, is_odd, told in (
+        ("ACCELERATE_USE_CPU", off, "turns it off"),
+        ("DS_ACCELERATOR", elsewhere, "decides where it computes"),
+    ):
+        if is_odd:
             found = f"{version}; {variable}={os.environ[variable]} {told}"
             return Check("deepspeed", "warn", found, f"unset {variable}, unless you mean it")
     return Check("deepspeed", "ok", f"{version}; nothing has to be compiled for it")

@@ -16,6 +16,7 @@ from selfalign.data.archives import codec_of
 from selfalign.data.config import FormatName, SourceConfig
 from selfalign.data.readers import kind_of
 from selfalign.data.sources import pin_key, resolve
+from selfalign.engines.adapters import refuse_adapter
 from selfalign.engines.config import ModelConfig, has_accelerator, on_this_machine, template_text
 
 _logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Externals:
         path = Path(config.path).expanduser()
         if path.exists():
             config = config.model_copy(update={"path": str(path.resolve()), "revision": None})
+            refuse_adapter(config, setting)
             return config, External(config.path, self._model_digest(path.resolve()))
         if config.path.startswith((".", "/", "~")) or config.path.count("/") != 1:
             raise UsageError(f"{setting}: no model at {config.path}; name a folder, or a model on the Hub (org/name)")

@@ -8,6 +8,7 @@ from pathlib import Path
 from selfalign.core.errors import UsageError
 from selfalign.core.identity import seed_for
 from selfalign.core.protocols import Request, Sampling
+from selfalign.engines.adapters import check_adapter
 from selfalign.engines.config import ModelConfig, on_this_machine
 from selfalign.engines.open import open_engine
 from selfalign.recipe import Recipe
@@ -27,7 +28,11 @@ class Found:
 def ask(model: str, prompts: Sequence[str], sampling: Sampling, seed: int) -> list[str]:
     """The model's replies to single-turn prompts, in order."""
     found = find(model)
-    engine = open_engine(on_this_machine(found.config))
+    config = on_this_machine(found.config)
+    if found.adapter is not None and config.engine == "transformers":
+        # Before the base is loaded, which takes its time.
+        check_adapter(found.adapter, config)
+    engine = open_engine(config)
     requests = [
         Request(str(n), chat(prompt, found.system), seed_for(seed, str(n), "generate"))
         for n, prompt in enumerate(prompts)

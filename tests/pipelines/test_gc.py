@@ -73,7 +73,6 @@ def test_what_dead_writers_left_goes(root: Path) -> None:
         f"artifacts/{BUILD}/lease.json": "torn",
         f"artifacts/{BUILD}/.lease.json.{HEX}": "",
         f"artifacts/{BUILD}/draft-{HEX}/model.safetensors": "half",
-        f"artifacts/{BUILD}/tmp/train-x/optimizer.pt": "half",
         f"artifacts/{BUILD}/files/model.safetensors": "whole, but its manifest was never written",
     }
     fill(root, left)
@@ -90,10 +89,19 @@ def test_shards_and_journals_of_an_unfinished_map_stay(root: Path) -> None:
     }
 
 
-def test_a_finished_build_keeps_its_files(root: Path) -> None:
-    fill(root / "artifacts" / BUILD, {"files/model.safetensors": "whole", "manifest.json": "{}"})
+def test_checkpoints_of_an_unfinished_build_stay(root: Path) -> None:
+    fill(root / "artifacts" / BUILD, {"kept/step-00000100/optimizer.pt": "state"})
     list(collect(root))
-    assert {f"artifacts/{BUILD}/files/model.safetensors", f"artifacts/{BUILD}/manifest.json"} <= tree(root)
+    assert f"artifacts/{BUILD}/kept/step-00000100/optimizer.pt" in tree(root)
+
+
+def test_a_finished_build_keeps_its_files_and_not_its_checkpoints(root: Path) -> None:
+    files = {"files/model.safetensors": "whole", "manifest.json": "{}", "kept/step-00000100/optimizer.pt": "state"}
+    fill(root / "artifacts" / BUILD, files)
+    list(collect(root))
+    kept = {f"artifacts/{BUILD}/files/model.safetensors", f"artifacts/{BUILD}/manifest.json"}
+    assert {name for name in tree(root) if BUILD in name} >= kept
+    assert not any("kept" in name for name in tree(root))
 
 
 def test_files_of_the_users_own_stay_wherever_they_lie(root: Path, caplog: pytest.LogCaptureFixture) -> None:

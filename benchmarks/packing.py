@@ -17,7 +17,7 @@ from rich.table import Table
 from sft import IN_A_BATCH, LIMA, MAX_LENGTH, MODEL, examples_of, pairs_of, rows_of
 
 from selfalign.engines.loading import load_model
-from selfalign.training.attention import attend_by_document
+from selfalign.training.attention import choose_attention
 from selfalign.training.packing import sequences
 from selfalign.training.preflight import Tokenised
 
@@ -54,7 +54,7 @@ def leakage(packed: Any) -> Leakage:
 
     torch.set_num_threads(MODEL.threads)
     model = load_model(MODEL)
-    attend_by_document(model)
+    choose_attention(model, packed=True)
     alone, replaced, ones = [], [], []
 
     def logits(**inputs: Any) -> Any:

@@ -92,10 +92,16 @@ def test_the_last_words_of_a_rank_that_dies_can_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_request_to_end_reaches_every_rank_which_saves(tmp_path: Path, handled: None, number: signal.Signals) -> None:
+@pytest.mark.parametrize("to", ["the driver", "every process"])
+def test_a_request_to_end_reaches_every_rank_which_saves(
+    tmp_path: Path, handled: None, number: signal.Signals, to: str
+) -> None:
     def ask() -> None:
         eventually(lambda: both_ranks_are_there(tmp_path))
-        os.kill(os.getpid(), number)
+        ranks = [int((tmp_path / "kept" / f"rank-{n}").read_text()) for n in (0, 1)]
+        launchers = {int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]) for pid in ranks}
+        for pid in [os.getpid()] if to == "the driver" else [*launchers, os.getpid(), *ranks]:
+            os.kill(pid, number)
 
     thread = threading.Thread(target=ask)
     thread.start()

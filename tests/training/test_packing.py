@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from selfalign.core.errors import MismatchError
 from selfalign.demo.base import base_folder
-from selfalign.training.attention import BY_DOCUMENT, attend_by_document
+from selfalign.training.attention import BY_DOCUMENT, choose_attention
 from selfalign.training.packing import sequences
 from selfalign.training.preflight import Tokenised
 
@@ -145,7 +145,7 @@ def test_a_document_scores_in_its_pack_as_it_does_alone_and_would_not_under_a_ma
     import torch
 
     model, inputs = make(), batch()
-    attend_by_document(model)
+    choose_attention(model, packed=True)
     apart = logits(model, inputs)
     alone = torch.cat([logits(model, {"input_ids": inputs["input_ids"][:, a:b]}) for a, b in bounds(inputs)])
     assert len(bounds(inputs)) == len(LENGTHS)
@@ -157,7 +157,7 @@ def test_a_document_scores_in_its_pack_as_it_does_alone_and_would_not_under_a_ma
 @models
 def test_other_documents_of_a_pack_do_not_move_a_bit(make: Make) -> None:
     model, inputs = make(), batch()
-    attend_by_document(model)
+    choose_attention(model, packed=True)
     start, end = bounds(inputs)[3]
     other = {**inputs, "input_ids": (inputs["input_ids"] + 101) % 384}
     other["input_ids"][:, start:end] = inputs["input_ids"][:, start:end]
@@ -175,7 +175,7 @@ def test_no_gradient_flows_between_documents_and_it_would_under_a_mask_of_ones(
     import torch
 
     model, inputs = make().train(), batch()
-    attend_by_document(model)
+    choose_attention(model, packed=True)
     if checkpointing:
         model.gradient_checkpointing_enable()
     ids = inputs.pop("input_ids")
@@ -205,7 +205,7 @@ def test_a_pack_gives_the_gradients_of_its_documents(make: Make, checkpointing: 
     inputs = batch()
     documents = [{n: inputs[n][:, a:b] for n in ("input_ids", "labels")} for a, b in bounds(inputs) if b - a > 1]
     whole, apart = make().train(), make().train()
-    attend_by_document(whole)
+    choose_attention(whole, packed=True)
     if checkpointing:
         whole.gradient_checkpointing_enable()
     packed, expected = gradients(whole, [inputs]), gradients(apart, documents)
@@ -227,7 +227,7 @@ def test_each_document_is_one_causal_call_without_a_mask_unless_a_sliding_window
         return kernel(query, *rest, attn_mask=attn_mask, **more)
 
     model, inputs = mistral(window), batch()
-    attend_by_document(model)
+    choose_attention(model, packed=True)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
     logits(model, inputs)
     each = [(b - a, True) for a, b in bounds(inputs)]
@@ -239,7 +239,7 @@ def test_what_is_not_packed_is_attended_to_as_before(make: Make) -> None:
     import torch
 
     plain, ours = make(), make()
-    attend_by_document(ours)
+    choose_attention(ours, packed=True)
     ids, mask = torch.arange(5, 65).view(3, 20), torch.ones(3, 20, dtype=torch.long)
     mask[1, :7] = 0
     right = mask.flip(1)
@@ -253,7 +253,7 @@ def test_what_is_not_packed_is_attended_to_as_before(make: Make) -> None:
 
 def test_the_choice_does_not_come_out_with_the_model(tmp_path: Path) -> None:
     model = llama()
-    attend_by_document(model)
+    choose_attention(model, packed=True)
     assert model.config._attn_implementation == BY_DOCUMENT
     model.save_pretrained(tmp_path)
     assert "attn" not in (tmp_path / "config.json").read_text()
@@ -264,7 +264,7 @@ def test_a_model_whose_attention_cannot_be_chosen_is_refused() -> None:
 
     model = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(MismatchError, match=r"BloomForCausalLM cannot .* set packing to false"):
-        attend_by_document(model)
+        choose_attention(model, packed=True)
 
 
 def test_a_model_that_sdpa_does_not_fit_is_refused() -> None:
@@ -272,4 +272,4 @@ def test_a_model_that_sdpa_does_not_fit_is_refused() -> None:
 
     config = GptOssConfig(**TINY, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(MismatchError, match="GptOssForCausalLM cannot"):
-        attend_by_document(GptOssForCausalLM(config))
+        choose_attention(GptOssForCausalLM(config), packed=True)

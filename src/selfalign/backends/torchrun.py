@@ -37,12 +37,22 @@ def launch(job: BuildJob, processes: int, log: Log) -> Built:
         folder = Path(name)
         (folder / JOB).write_bytes(pickle.dumps(job))
         (folder / LINES).touch()
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        # Slurm sends SIGUSR1 to every process of a step, and whatever does not handle it dies of it.
+        signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", signals]
         command = [sys.executable, "-m", *torchrun, "--module", __name__, str(folder / JOB)]
         # torchrun warns of what it then sets itself.
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         preemption.defer()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+        process = subprocess.Popen(
+            # A session of its own: what the keyboard interrupts is this process, which lets the ranks save.
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=environment,
+            start_new_session=True,
+        )
         try:
             with (folder / LINES).open() as lines:
                 _follow(process, lines, log)

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 BY_DOCUMENT = "sdpa_by_document"
 
 
-def attend_by_document(model: "PreTrainedModel") -> None:
-    """Let `model` keep the documents of a packed sequence apart: by FlashAttention where there is one, else by ours.
+def choose_attention(model: "PreTrainedModel", packed: bool) -> None:
+    """FlashAttention 2 where it is installed and fits the model; else, where rows are `packed`, ours.
 
-    Meant for the input of a padding-free collator: no mask, no cache, `position_ids` that begin again in each document.
-    Other input is attended to as by sdpa. Raises MismatchError for a model whose attention cannot be chosen.
+    Either keeps the documents of a packed sequence apart. Ours is meant for what a padding-free collator makes: no
+    mask, no cache, `position_ids` that begin again in each document; other input is attended to as by sdpa. Raises
+    MismatchError for a model whose attention cannot be chosen.
     """
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -30,6 +31,8 @@ def attend_by_document(model: "PreTrainedModel") -> None:
     AttentionInterface.register(BY_DOCUMENT, _attend)
     AttentionMaskInterface.register(BY_DOCUMENT, _mask)
     flash = is_flash_attn_2_available() and model._supports_flash_attn and model.dtype != torch.float32
+    if not packed and not flash:
+        return
     name = "flash_attention_2" if flash else BY_DOCUMENT
     refusal = f"packing: {type(model).__name__} cannot be told to keep packed documents apart; set packing to false"
     try:

@@ -19,7 +19,7 @@ from selfalign.engines.adapters import skeleton
 from selfalign.engines.config import ModelConfig
 from selfalign.engines.loading import load_model, load_tokenizer, settle_generation
 from selfalign.training import ranks, sharding
-from selfalign.training.attention import attend_by_document
+from selfalign.training.attention import choose_attention
 from selfalign.training.checkpoints import Checkpoints
 from selfalign.training.config import TrainConfig, refuse_contradictions
 from selfalign.training.memory import explained_out_of_memory, forecast, largest_batch
@@ -104,8 +104,7 @@ def train(
         base = load_model(_trainable(model, config))
     use_cache = base.config.use_cache
     settle_generation(base, stops)
-    if config.packing:
-        attend_by_document(base)
+    choose_attention(base, config.packing)
 
     def save(trainer: Any, to: Path) -> None:
         _save(trainer, tokenizer, model, to, use_cache)

@@ -36,6 +36,10 @@ class Checkpoints:
         """A folder for what is not committed yet."""
         return self.folder / f"draft-{self.lease.owner.token}"
 
+    def discard(self) -> None:
+        """Remove what is not committed."""
+        shutil.rmtree(self.draft(), ignore_errors=True)
+
     def commit(self, written: Path, step: int) -> None:
         """Give the folder `written` its name, with the marker, and remove all but the newest checkpoints.
 

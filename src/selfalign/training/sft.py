@@ -112,6 +112,8 @@ def train(
     with explained_out_of_memory("training", memory):
         trainer = _trainer(base, tokenizer, data, model, config, arguments, log, checkpoints, save)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    if ranks.rank() == 0:
+        checkpoints.discard()
     if trainer.state.global_step < trainer.state.max_steps:
         preemption.deliver()
         raise PreemptedError("stopped, since another rank was; the same command goes on from here")

@@ -1,3 +1,4 @@
+import functools
 import os
 import signal
 import time
@@ -67,6 +68,14 @@ def test_a_request_that_nobody_looks_at_ends_the_work_in_time(monkeypatch: pytes
     monkeypatch.setattr(preemption, "PATIENCE_S", 0.05)
     with pytest.raises(PreemptedError, match="last checkpoint"):
         deferring(ask, lambda: time.sleep(5))
+
+
+def test_what_saves_already_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "PATIENCE_S", 0.05)
+    saving = functools.partial(preemption.defer, looks=False)
+    for work in ([saving, ask], [ask, saving]):
+        with pytest.raises(PreemptedError, match="SIGTERM"):
+            deferring(*work, lambda: time.sleep(0.1))
 
 
 def test_whoever_has_looked_may_take_the_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import socket
 import time
@@ -84,7 +85,8 @@ def _train(case: Case, folder: Path, owner: Owner) -> int:
     return 0
 
 
-def _child(case: Case, folder: Path, owner: Owner, environment: Mapping[str, str]) -> None:
+def _child(case: Case, folder: Path, owner: Owner, environment: Mapping[str, str], largest_file: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     os.environ.update(environment)
     # What the libraries say belongs into the log of the child.
     for number in (1, 2):
@@ -95,7 +97,7 @@ def _child(case: Case, folder: Path, owner: Owner, environment: Mapping[str, str
 class Attempt:
     """One attempt to train to the end in `folder`, in as many processes as the case wants."""
 
-    def __init__(self, case: Case, folder: Path) -> None:
+    def __init__(self, case: Case, folder: Path, largest_file: int = -1) -> None:
         self.folder, self.case = folder, case
         folder.mkdir(parents=True, exist_ok=True)
         owner = Owner.this_process()
@@ -105,7 +107,7 @@ class Attempt:
         self.ranks: list[BaseProcess] = []
         for rank in range(size):
             mine = {**rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
-            self.ranks.append(_context().Process(target=_child, args=(case, folder, owner, mine)))
+            self.ranks.append(_context().Process(target=_child, args=(case, folder, owner, mine, largest_file)))
         for process in self.ranks:
             process.start()
 

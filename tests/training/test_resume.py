@@ -106,6 +106,22 @@ def test_a_checkpoint_of_a_real_training_with_any_file_damaged_is_passed_over(tm
     assert f"{newest} is skipped: optimizer.pt is not what was written" in (first.folder / "output.txt").read_text()
 
 
+@pytest.mark.parametrize("largest_file", [100_000, 200_000], ids=["weights", "optimiser"])
+def test_a_disk_that_is_full_ends_a_training_whose_checkpoints_stay(tmp_path: Path, largest_file: int) -> None:
+    case = Case({**LORA, "num_train_epochs": 2, "save_steps": 2})
+    expected = Attempt(case, tmp_path / "undisturbed").result()
+    first = Attempt(case, tmp_path / "full")
+    assert first.reaches(3)
+    first.signal(signal.SIGTERM)
+    assert first.ended() == 75
+    before = sorted((first.folder / "kept").glob("step-*"))
+    full = Attempt(case, first.folder, largest_file)
+    assert full.ended() == 74
+    assert "what was committed so far stays" in (first.folder / "error.txt").read_text().lower()
+    assert sorted((first.folder / "kept").glob("step-*")) == before
+    assert Attempt(case, first.folder).result() == expected
+
+
 def unlink(path: Path) -> None:
     path.unlink()
 

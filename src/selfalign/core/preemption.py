@@ -12,6 +12,7 @@ PATIENCE_S = 12.0
 
 _asked: int | None = None
 _deferred = False
+_looks = True
 
 
 def handle() -> None:
@@ -21,10 +22,15 @@ def handle() -> None:
     signal.signal(signal.SIGALRM, _nobody_looked)
 
 
-def defer() -> None:
-    """From now on a request waits: whoever calls this looks at `asked` every few seconds, saves, and ends."""
-    global _deferred
-    _deferred = True
+def defer(looks: bool = True) -> None:
+    """From now on a request waits: whoever calls this looks at `asked` every few seconds, saves, and ends.
+
+    `looks` is false for what saves already: it ends by itself, and may take its time.
+    """
+    global _deferred, _looks
+    _deferred, _looks = True, looks
+    if not looks:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def asked() -> bool:
@@ -68,7 +74,7 @@ def _received(number: int, _: FrameType | None) -> None:
     global _asked
     if not _deferred:
         raise _error(number)
-    if _asked is None:
+    if _asked is None and _looks:
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
     _asked = number
 

@@ -287,6 +287,7 @@ class Runner:
         draft.mkdir()
         place = Place(draft, artifact.kept, artifact.identity, held)
         built = self.backend.build(BuildJob(stage, context, place, step.resources), log)
+        preemption.defer(looks=False)
         if not commit_folder(draft, artifact.files):
             raise LeaseHeldError(f"{artifact.name}: somebody else took over and committed it; run again to use it")
         self._measure(artifact, {"tokens": built.tokens, "seconds": time.monotonic() - started})

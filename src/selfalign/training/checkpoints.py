@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +97,22 @@ class Checkpoints:
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-????????"))
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Turn what the libraries say of a full disk, each in its own way, into StorageError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write {folder}: {error}; what was committed so far stays") from error
+    except RuntimeError as error:
+        # torch.save has no type for it, and names the file of its writer.
+        if "inline_container" not in str(error) and "file write failed" not in str(error):
+            raise
+        raise StorageError(f"cannot write {folder}: is the disk full? What was committed so far stays") from error
 
 
 def _names(folder: Path) -> list[str]:

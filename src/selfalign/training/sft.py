@@ -20,7 +20,7 @@ from selfalign.engines.config import ModelConfig
 from selfalign.engines.loading import load_model, load_tokenizer, settle_generation
 from selfalign.training import ranks, sharding
 from selfalign.training.attention import choose_attention
-from selfalign.training.checkpoints import Checkpoints
+from selfalign.training.checkpoints import Checkpoints, storage_errors
 from selfalign.training.config import TrainConfig, refuse_contradictions
 from selfalign.training.memory import explained_out_of_memory, forecast, largest_batch
 from selfalign.training.packing import sequences
@@ -117,7 +117,10 @@ def train(
     if trainer.state.global_step < trainer.state.max_steps:
         preemption.deliver()
         raise PreemptedError("stopped, since another rank was; the same command goes on from here")
-    save(trainer, folder)
+    # From here on nobody looks whether the training is to end, since it has.
+    preemption.defer(looks=False)
+    with storage_errors(folder):
+        save(trainer, folder)
     if ranks.rank() == 0:
         check_saved(folder, examples[:SAVED_ROWS], tokenizer, stops)
         for epoch in range(1, math.ceil(config.num_train_epochs) if config.keep_epochs else 1):

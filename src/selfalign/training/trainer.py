@@ -13,7 +13,7 @@ from selfalign.core.errors import GateError
 from selfalign.core.identity import seed_for
 from selfalign.core.stage import Log
 from selfalign.training import ranks, sharding
-from selfalign.training.checkpoints import Checkpoints
+from selfalign.training.checkpoints import Checkpoints, storage_errors
 from selfalign.training.config import TrainConfig
 from selfalign.training.preflight import IGNORED
 
@@ -124,19 +124,20 @@ def trainer_class() -> Any:
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             draft, step, epoch = self.checkpoints.draft(), self.state.global_step, self.state.epoch
-            if self.config.keep_epochs and epoch.is_integer():
-                # Before the checkpoint, which a resumed training would begin behind.
-                self.save(self, draft / "epoch")
+            with storage_errors(draft):
+                if self.config.keep_epochs and epoch.is_integer():
+                    # Before the checkpoint, which a resumed training would begin behind.
+                    self.save(self, draft / "epoch")
+                    if ranks.rank() == 0:
+                        self.checkpoints.commit_epoch(draft / "epoch", int(epoch))
+                super()._save_checkpoint(model, trial)
+                ranks.barrier()
                 if ranks.rank() == 0:
-                    self.checkpoints.commit_epoch(draft / "epoch", int(epoch))
-            super()._save_checkpoint(model, trial)
-            ranks.barrier()
-            if ranks.rank() == 0:
-                written = draft / f"checkpoint-{step}"
-                figures = {"step": step, "tokens": self.tokens, "loss_sum": self.loss_sum}
-                (written / FIGURES).write_text(json.dumps(figures))
-                self.checkpoints.commit(written, step)
-            ranks.barrier()
+                    written = draft / f"checkpoint-{step}"
+                    figures = {"step": step, "tokens": self.tokens, "loss_sum": self.loss_sum}
+                    (written / FIGURES).write_text(json.dumps(figures))
+                    self.checkpoints.commit(written, step)
+                ranks.barrier()
 
     return Trainer
 

@@ -38,7 +38,8 @@ def build(stage: Ranked, folder: Path, logged: list[dict[str, float]]) -> Built:
     (folder / "draft").mkdir()
     place = Place(folder / "draft", folder / "kept", "identity", Lease(folder / "lease.json", me))
     job = BuildJob(stage, Context("ranked", 0, {}), place, Resources())
-    return LocalBackend().build(job, lambda line: logged.append(dict(line)))
+    with preemption.delivered():
+        return LocalBackend().build(job, lambda line: logged.append(dict(line)))
 
 
 @pytest.fixture

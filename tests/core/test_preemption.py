@@ -51,6 +51,12 @@ def test_a_deferred_request_waits_until_the_work_is_done() -> None:
         ask()
 
 
+def test_nothing_is_deferred_where_nobody_would_deliver_it() -> None:
+    preemption.defer()
+    with pytest.raises(PreemptedError):
+        ask()
+
+
 def test_a_request_that_the_work_ended_for_is_told_once() -> None:
     with pytest.raises(PreemptedError):
         deferring(ask, preemption.deliver)

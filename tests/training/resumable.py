@@ -67,15 +67,16 @@ def _train(case: Case, folder: Path, owner: Owner) -> int:
     kept = Checkpoints(folder / "kept", "this", Lease(folder / "lease.json", owner))
     with (folder / "metrics.jsonl").open("a", buffering=1) as file:
         try:
-            trained = train(
-                examples(case.rows),
-                case.base(),
-                config,
-                folder / "model",
-                7,
-                lambda line: print(json.dumps(dict(line)), file=file),
-                kept,
-            )
+            with preemption.delivered():
+                trained = train(
+                    examples(case.rows),
+                    case.base(),
+                    config,
+                    folder / "model",
+                    7,
+                    lambda line: print(json.dumps(dict(line)), file=file),
+                    kept,
+                )
         except SelfalignError as error:
             (folder / "error.txt").write_text(str(error))
             return error.exit_code

@@ -115,12 +115,13 @@ def main(path: Path) -> int:
         ours.addHandler(Handler())
         ours.setLevel(logging.INFO)
         try:
-            built = job.stage.build(job.context, job.place, lambda figures: say({"figures": dict(figures)}))
+            with preemption.delivered():
+                built = job.stage.build(job.context, job.place, lambda figures: say({"figures": dict(figures)}))
+                if mine == 0:
+                    _write(path.parent / BUILT, built)
         except SelfalignError as error:
             _write(path.parent / f"error-{mine}", error)
             return error.exit_code
-    if mine == 0:
-        _write(path.parent / BUILT, built)
     return 0
 
 

@@ -11,6 +11,7 @@ PATIENCE_S = 12.0
 """How long a request waits for somebody to look. A cluster gives half a minute or so, and saving takes its part."""
 
 _asked: int | None = None
+_delivers = False
 _deferred = False
 _looks = True
 
@@ -25,10 +26,11 @@ def handle() -> None:
 def defer(looks: bool = True) -> None:
     """From now on a request waits: whoever calls this looks at `asked` every few seconds, saves, and ends.
 
-    `looks` is false for what saves already: it ends by itself, and may take its time.
+    `looks` is false for what saves already: it ends by itself, and may take its time. Outside of `delivered` nothing
+    waits, since nobody would deliver it.
     """
     global _deferred, _looks
-    _deferred, _looks = True, looks
+    _deferred, _looks = _delivers, looks
     if not looks:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -42,9 +44,7 @@ def asked() -> bool:
 
 def deliver() -> None:
     """Raise PreemptedError for a request that waits. From now on none waits any more."""
-    global _deferred
     number = _asked
-    _deferred = False
     _forget()
     if number is not None:
         raise _error(number)
@@ -53,18 +53,21 @@ def deliver() -> None:
 @contextmanager
 def delivered() -> Iterator[None]:
     """Around work that may defer requests: one that still waits when it is done is delivered then."""
-    global _deferred
+    global _delivers
+    _delivers = True
     try:
         yield
     except BaseException:
-        _deferred = False
         _forget()
         raise
+    finally:
+        _delivers = False
     deliver()
 
 
 def _forget() -> None:
-    global _asked
+    global _asked, _deferred
+    _deferred = False
     if _asked is not None:
         signal.setitimer(signal.ITIMER_REAL, 0)
     _asked = None

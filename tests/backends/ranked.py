@@ -1,5 +1,6 @@
 """A build in several ranks, without a model: each says who it is, and then does what it was told."""
 
+import errno
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ from selfalign.core.stage import BuildStage, Built, Context, Log, Place, Setting
 
 @dataclass(frozen=True)
 class Ranked(BuildStage):
-    """`then`: build | gate (rank 1 raises) | crash (rank 1 dies) | save (when asked to end) | wait (for ever)."""
+    """`then`: build | gate, full (rank 1 raises) | crash (rank 1 dies) | save (when asked to end) | wait (for ever)."""
 
     name: ClassVar[str] = "ranked"
     then: str = "build"
@@ -37,6 +38,8 @@ class Ranked(BuildStage):
         match self.then:
             case "gate" if rank == "1":
                 raise GateError("the loss is nan at step 3")
+            case "full" if rank == "1":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             case "crash" if rank == "1":
                 print("the last words of rank 1", flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,10 +16,11 @@ import pytest
 from backends.ranked import Ranked
 from selfalign.backends.local import LocalBackend
 from selfalign.core import preemption
-from selfalign.core.errors import GateError, InternalError, PreemptedError
+from selfalign.core.errors import GateError, InternalError, LeaseHeldError, PreemptedError, StorageError
 from selfalign.core.lease import Lease, Owner
 from selfalign.core.protocols import BuildJob
 from selfalign.core.stage import Built, Context, Place, Resources
+from signals import handled
 
 pytestmark = pytest.mark.train
 
@@ -40,16 +41,6 @@ def build(stage: Ranked, folder: Path, logged: list[dict[str, float]]) -> Built:
     job = BuildJob(stage, Context("ranked", 0, {}), place, Resources())
     with preemption.delivered():
         return LocalBackend().build(job, lambda line: logged.append(dict(line)))
-
-
-@pytest.fixture
-def handled() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
-    before = [signal.getsignal(number) for number in numbers]
-    preemption.handle()
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 def eventually(holds: Callable[[], bool], within_s: float = 60) -> None:
@@ -85,6 +76,36 @@ def test_what_a_rank_raises_is_raised_and_the_others_end(tmp_path: Path) -> None
     assert not lives(int((tmp_path / "kept" / "rank-0").read_text()))
 
 
+def test_a_full_disk_is_told_as_in_one_process(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="No space left"):
+        build(Ranked("full"), tmp_path, [])
+
+
+def test_ranks_that_lost_the_lease_end_and_say_so(tmp_path: Path) -> None:
+    def take_over() -> None:
+        eventually(lambda: both_ranks_are_there(tmp_path))
+        (tmp_path / "lease.json").write_text(json.dumps(asdict(Owner("quicker", 1, "1", "other"))))
+
+    thread = threading.Thread(target=take_over)
+    thread.start()
+    with pytest.raises(LeaseHeldError, match="taken over by process 1 on quicker"):
+        build(Ranked("wait"), tmp_path, [])
+    thread.join()
+
+
+def test_ranks_that_were_asked_without_their_driver_are_pre_empted_and_no_bug(tmp_path: Path) -> None:
+    def ask() -> None:
+        eventually(lambda: both_ranks_are_there(tmp_path))
+        for n in (0, 1):
+            os.kill(int((tmp_path / "kept" / f"rank-{n}").read_text()), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    with pytest.raises(PreemptedError):
+        build(Ranked("save"), tmp_path, [])
+    thread.join()
+
+
 def test_the_last_words_of_a_rank_that_dies_can_be_read(tmp_path: Path) -> None:
     with pytest.raises(InternalError, match=r"ranks\.log has their last words"):
         build(Ranked("crash"), tmp_path, [])
@@ -94,9 +115,7 @@ def test_the_last_words_of_a_rank_that_dies_can_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("to", ["the driver", "every process"])
-def test_a_request_to_end_reaches_every_rank_which_saves(
-    tmp_path: Path, handled: None, number: signal.Signals, to: str
-) -> None:
+def test_a_request_to_end_reaches_every_rank_which_saves(tmp_path: Path, number: signal.Signals, to: str) -> None:
     def ask() -> None:
         eventually(lambda: both_ranks_are_there(tmp_path))
         ranks = [int((tmp_path / "kept" / f"rank-{n}").read_text()) for n in (0, 1)]
@@ -106,7 +125,7 @@ def test_a_request_to_end_reaches_every_rank_which_saves(
 
     thread = threading.Thread(target=ask)
     thread.start()
-    with pytest.raises(PreemptedError, match=number.name):
+    with handled(), pytest.raises(PreemptedError, match=number.name):
         build(Ranked("save"), tmp_path, [])
     thread.join()
     assert {p.name for p in (tmp_path / "kept").glob("saved-*")} == {"saved-0", "saved-1"}

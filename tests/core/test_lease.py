@@ -398,6 +398,9 @@ def test_a_lease_that_somebody_took_over_says_so_before_anything_is_committed(pa
 
 def test_a_lease_whose_holder_died_is_held_no_more(path: Path) -> None:
     with lease(path, False, lambda text: None) as mine:
+        # It slept, and lives.
+        os.utime(path, (0, 0))
+        assert mine.is_held()
         gone = replace(mine.owner, started="1")
         path.write_text(json.dumps(asdict(gone)))
         assert not Lease(path, gone).is_held()

@@ -8,16 +8,13 @@ import pytest
 
 from selfalign.core import preemption
 from selfalign.core.errors import GateError, PreemptedError
+from signals import handled
 
 
 @pytest.fixture(autouse=True)
 def _handled() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
-    before = [signal.getsignal(number) for number in numbers]
-    preemption.handle()
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
+    with handled():
+        yield
 
 
 def ask(number: signal.Signals = signal.SIGTERM) -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import time
@@ -101,6 +102,8 @@ class Attempt:
     def __init__(self, case: Case, folder: Path, largest_file: int = -1) -> None:
         self.folder, self.case = folder, case
         folder.mkdir(parents=True, exist_ok=True)
+        # As the runner does it with what a dead builder left.
+        shutil.rmtree(folder / "model", ignore_errors=True)
         owner = Owner.this_process()
         (folder / "lease.json").write_text(json.dumps(asdict(owner)))
         size = case.training().num_processes

@@ -142,5 +142,25 @@ def test_the_models_of_epochs_stay_beside_the_checkpoints_and_are_taken_whole(
 def test_the_model_of_an_epoch_that_was_damaged_is_not_taken(checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoints.commit_epoch(written(checkpoints, "epoch"), 1)
     (checkpoints.epoch(1) / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(StorageError, match=r"model\.safetensors is not what was written; delete"):
+    with pytest.raises(StorageError, match=r"model\.safetensors is not what was written; run again"):
         checkpoints.take_epoch(1, tmp_path / "epoch-1")
+
+
+def test_a_damaged_model_of_an_epoch_takes_the_checkpoints_after_it_along(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit(checkpoints, 1)
+    checkpoints.commit_epoch(written(checkpoints, "epoch"), 1)
+    commit(checkpoints, 2)
+    (checkpoints.epoch(1) / "optimizer.pt").unlink()
+    assert checkpoints.newest() == checkpoints.folder / "step-00000001"
+    assert "epoch-1 is trained again: optimizer.pt is missing" in caplog.text
+    assert "step-00000002 is skipped: epoch-1, which it comes after, is not there" in caplog.text
+
+
+def test_the_model_of_an_epoch_can_be_taken_again_after_a_kill(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    checkpoints.commit_epoch(written(checkpoints, "epoch"), 1)
+    commit(checkpoints, 2)
+    checkpoints.take_epoch(1, tmp_path / "lost" / "epoch-1")
+    assert checkpoints.newest() is not None
+    checkpoints.take_epoch(1, tmp_path / "again" / "epoch-1")

@@ -254,6 +254,31 @@ def test_states_and_their_shards_are_those_of_the_zero_paper(tmp_path: Path) -> 
     assert (two, three) == pytest.approx((16.6, 1.9), abs=0.05)
 
 
+def test_a_quantised_base_is_loaded_whole_by_every_rank_before_it_is_sharded(tmp_path: Path) -> None:
+    model = shaped(tmp_path, **LLAMA_8B).model_copy(update={"quantisation": "nf4"})
+    shape, batch = skeleton(model), Batch(1, 64, 32)
+    alone = estimate(model, QLORA, batch, shape)
+    shared = estimate(model, QLORA.model_copy(update={"num_processes": 8, "deepspeed": "zero3"}), batch, shape)
+    assert shared.states < alone.weights / 4
+    assert shared.peak >= alone.weights + shared.context
+    assert shared.certain >= alone.weights
+
+
+def test_ddp_holds_gradients_twice(tmp_path: Path) -> None:
+    model = shaped(tmp_path, **LLAMA_8B)
+    shape, batch = skeleton(model), Batch(1, 64, 32)
+    one, two = (estimate(model, TrainConfig(num_processes=n), batch, shape).gradients for n in (1, 2))
+    assert two == 2 * one
+
+
+def test_beside_a_schedule_no_accumulation_is_advised_that_it_would_refuse(tmp_path: Path) -> None:
+    model = shaped(tmp_path, **LLAMA_8B).model_copy(update={"quantisation": "nf4"})
+    config = QLORA.model_copy(update={"size_schedule": "humpback", "per_device_train_batch_size": 8})
+    found = forecast(model, config, Batch(8, 4096, 8 * 4096), skeleton(model), replace(A800, total=12 * GIB))
+    smaller = next(text for text in found.advice if text.startswith("per_device_train_batch_size="))
+    assert "gradient_accumulation_steps" not in smaller
+
+
 def test_qlora_of_eight_billion_fits_a_small_card_and_training_all_of_it_does_not(tmp_path: Path) -> None:
     model = shaped(tmp_path, **LLAMA_8B)
     qlora = model.model_copy(update={"quantisation": "nf4"})
@@ -359,7 +384,7 @@ def test_without_a_gpu_the_ranks_share_the_machines_memory() -> None:
 # Out of memory
 
 
-NOTHING = Estimate(*[0] * 9, paged=False)
+NOTHING = Estimate(*[0] * 10, paged=False)
 CASE = Forecast(NOTHING, Batch(1, 1, 1), A800, ("gradient_checkpointing=true", "max_length=64", "lora_r=8"))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from selfalign.core import preemption
-from selfalign.core.errors import InternalError, LeaseHeldError, PreemptedError, SelfalignError
+from selfalign.core.errors import InternalError, LeaseHeldError, PreemptedError, SelfalignError, StorageError
 from selfalign.core.lease import Lease
 from selfalign.core.protocols import BuildJob
 from selfalign.core.stage import Built, Log
@@ -22,6 +22,9 @@ from selfalign.core.stage import Built, Log
 _logger = logging.getLogger(__name__)
 
 LOOK_S = 0.2
+SAVE_S = 300
+"""How long ranks that were asked to end may save, and how long those may hang whose peer failed. A
+cluster may have less patience."""
 JOB, LINES, BUILT = "job", "lines.jsonl", "built"
 
 
@@ -39,7 +42,8 @@ def launch(job: BuildJob, processes: int, log: Log) -> Built:
         (folder / LINES).touch()
         # Slurm sends SIGUSR1 to every process of a step, and whatever does not handle it dies of it.
         signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", signals]
+        patience = f"--shutdown-timeout={SAVE_S}"
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", signals, patience]
         command = [sys.executable, "-m", *torchrun, "--module", __name__, str(folder / JOB)]
         # torchrun warns of what it then sets itself.
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
@@ -62,12 +66,14 @@ def launch(job: BuildJob, processes: int, log: Log) -> Built:
         if (folder / BUILT).exists():
             built: Built = pickle.loads((folder / BUILT).read_bytes())
             return built
+        # The first that failed. What was ended because of it saved itself, and is no news; unless all did.
+        paths = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+        errors: list[SelfalignError] = [pickle.loads(path.read_bytes()) for path in paths]
+        failed = [error for error in errors if not isinstance(error, PreemptedError)]
+        if failed or len(errors) == processes:
+            raise (failed or errors)[0]
         preemption.deliver()
-        # The first that failed. What was ended because of it saved itself, and is no news.
-        for path in sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns):
-            error: SelfalignError = pickle.loads(path.read_bytes())
-            if not isinstance(error, PreemptedError):
-                raise error
+    job.place.lease.check()
     raise InternalError(
         f"the ranks ended with {process.returncode} without saying why: one was killed (too little memory?), or this "
         f"is a bug; {output} has their last words"
@@ -119,9 +125,10 @@ def main(path: Path) -> int:
                 built = job.stage.build(job.context, job.place, lambda figures: say({"figures": dict(figures)}))
                 if mine == 0:
                     _write(path.parent / BUILT, built)
-        except SelfalignError as error:
-            _write(path.parent / f"error-{mine}", error)
-            return error.exit_code
+        except (SelfalignError, OSError) as error:
+            told = error if isinstance(error, SelfalignError) else StorageError(str(error))
+            _write(path.parent / f"error-{mine}", told)
+            return told.exit_code
     return 0
 
 

@@ -60,9 +60,9 @@ class Lease:
     owner: Owner
 
     def is_held(self) -> bool:
-        """Whether it is still the owner's, and the owner alive."""
-        holder, age_s = _holder(self.path)
-        return holder == self.owner and not _abandoned(holder, age_s)
+        """Whether it is still the owner's, and the owner not known to be dead. It may have slept for a while."""
+        holder, _ = _holder(self.path)
+        return holder == self.owner and not self.owner.is_dead()
 
     def check(self) -> None:
         """Raise LeaseHeldError where somebody else has taken over: nothing may be committed any more."""

@@ -31,8 +31,8 @@ def defer(looks: bool = True) -> None:
     """
     global _deferred, _looks
     _deferred, _looks = _delivers, looks
-    if not looks:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    if not looks or _asked is not None:
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE_S if looks else 0)
 
 
 def asked() -> bool:
@@ -44,6 +44,9 @@ def asked() -> bool:
 
 def deliver() -> None:
     """Raise PreemptedError for a request that waits. From now on none waits any more."""
+    global _deferred
+    # First: what comes after it is raised where it comes.
+    _deferred = False
     number = _asked
     _forget()
     if number is not None:

@@ -13,7 +13,15 @@ from typing import Literal, Protocol
 from pydantic import JsonValue
 
 from selfalign.core import preemption
-from selfalign.core.errors import GateError, InternalError, LeaseHeldError, SelfalignError, StorageError, UsageError
+from selfalign.core.errors import (
+    GateError,
+    InternalError,
+    LeaseHeldError,
+    PreemptedError,
+    SelfalignError,
+    StorageError,
+    UsageError,
+)
 from selfalign.core.identity import code_digest, file_digest
 from selfalign.core.lease import Lease, lease, presence
 from selfalign.core.ledger import Ledger, total
@@ -193,7 +201,9 @@ class Runner:
             check_inputs(manifest, self._input_digests(step))
             step.stage.check(manifest)
         except SelfalignError as error:
-            self.states[step.key] = "failed"
+            # Asked to end, a step is no failure; it may even be done.
+            ended: State = "waiting" if self.artifact(step).manifest() is None else "done"
+            self.states[step.key] = ended if isinstance(error, PreemptedError) else "failed"
             self.messages[step.key] = str(error)
             self._save()
             raise
@@ -286,8 +296,14 @@ class Runner:
         draft = artifact.folder / f"draft-{held.owner.token}"
         draft.mkdir()
         place = Place(draft, artifact.kept, artifact.identity, held)
-        built = self.backend.build(BuildJob(stage, context, place, step.resources), log)
+        try:
+            built = self.backend.build(BuildJob(stage, context, place, step.resources), log)
+        except SelfalignError:
+            # What it took so far, since another attempt goes on from there.
+            self._measure(artifact, {"tokens": 0, "seconds": time.monotonic() - started})
+            raise
         preemption.defer(looks=False)
+        held.check()
         if not commit_folder(draft, artifact.files):
             raise LeaseHeldError(f"{artifact.name}: somebody else took over and committed it; run again to use it")
         self._measure(artifact, {"tokens": built.tokens, "seconds": time.monotonic() - started})

@@ -58,8 +58,8 @@ class Train(BuildStage):
     def settings(self) -> Settings:
         # Slots are the engine's: fewer of them, after it ran out of memory, must not retrain the model.
         loading: JsonValue = {key: value for key, value in self.model.loading().items() if key != "slots"}
-        # When it saves and logs decides no weight.
-        quiet = {"save_strategy", "save_steps", "logging_steps"}
+        # When it saves and logs decides no weight, nor does it what is kept from forward to backward or made again.
+        quiet = {"save_strategy", "save_steps", "logging_steps", "gradient_checkpointing"}
         return {"training": self.config.model_dump(mode="json", exclude=quiet), "engine": loading}
 
     @property

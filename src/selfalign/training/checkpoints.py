@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,13 +61,12 @@ class Checkpoints:
         return self.folder / f"epoch-{number}"
 
     def take_epoch(self, number: int, folder: Path) -> None:
-        """Move the model of an epoch to `folder`. Raises StorageError where it is not what was written."""
+        """Give the model of an epoch to `folder`. Raises StorageError where it is not what was written."""
         path = self.epoch(number)
         if fault := _fault(path):
-            raise StorageError(f"{path}: {fault}; delete {self.folder} and run again")
-        (path / MARKER).unlink()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(folder)
+            raise StorageError(f"{path}: {fault}; run again to train from the checkpoint before it")
+        # Linked, not moved: whoever goes on after a kill before the artifact is complete finds it here again.
+        shutil.copytree(path, folder, copy_function=os.link, ignore=shutil.ignore_patterns(MARKER))
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole. Torn ones are named in a warning and removed, as drafts are.
@@ -75,8 +75,12 @@ class Checkpoints:
         """
         for leftover in self.folder.glob("draft-*"):
             shutil.rmtree(leftover)
-        for path in reversed(self._steps()):
+        for path in sorted(self.folder.glob("epoch-*")):
             if fault := _fault(path):
+                _logger.warning("the model %s is trained again: %s", path, fault)
+                shutil.rmtree(path)
+        for path in reversed(self._steps()):
+            if fault := _fault(path) or self._lacks(path):
                 _logger.warning("the checkpoint %s is skipped: %s", path, fault)
                 shutil.rmtree(path)
                 continue
@@ -88,9 +92,15 @@ class Checkpoints:
             return path
         return None
 
+    def _lacks(self, path: Path) -> str | None:
+        """What was kept before this checkpoint, and is gone."""
+        gone = [name for name in _marker(path)["epochs"] if not (self.folder / name).is_dir()]
+        return f"{gone[0]}, which it comes after, is not there" if gone else None
+
     def _commit(self, written: Path, final: Path) -> None:
         files: JsonValue = {name: file_digest(written / name) for name in _names(written)}
-        content: dict[str, JsonValue] = {"identity": self.identity, "files": files}
+        epochs: JsonValue = [*sorted(path.name for path in self.folder.glob("epoch-*"))]
+        content: dict[str, JsonValue] = {"identity": self.identity, "epochs": epochs, "files": files}
         (written / MARKER).write_text(json.dumps({**content, "sha256": digest(content)}, indent=1))
         self.lease.check()
         commit_folder(written, final)

@@ -88,11 +88,13 @@ class Estimate:
 
     `activations` stay from the forward to the backward pass; over them come, one after the other, `logits` (the loss
     and its gradient) and `layer` (one layer computed again under checkpointing, and the gradients that flow through
-    it); `step` is the optimiser's working memory, when the activations are gone. `paged`: the optimizer's states may
+    it); `step` is the optimiser's working memory, when the activations are gone; `loading` what a quantised base takes
+    before it is sharded. `paged`: the optimizer's states may
     be evicted to the host.
     """
 
     weights: int
+    loading: int
     adapter: int
     gradients: int
     optimizer: int
@@ -111,12 +113,13 @@ class Estimate:
     @property
     def certain(self) -> int:
         """What no batch, however small, can do without."""
-        return self.states - (self.optimizer if self.paged else 0)
+        return max(self.states - (self.optimizer if self.paged else 0), self.loading)
 
     @property
     def peak(self) -> int:
         """The most at any time."""
-        return self.states + self.context + max(self.activations + max(self.layer, self.logits), self.step)
+        training = self.states + max(self.activations + max(self.layer, self.logits), self.step)
+        return self.context + max(training, self.loading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +241,11 @@ def estimate(
     matrix = 4 * largest if full else compute * largest if model.quantisation else 0
     return Estimate(
         weights=weights // holders,
+        # A quantised base is loaded whole by every rank, and sharded then.
+        loading=0 if full or not model.quantisation else weights,
         adapter=4 * adapter,
-        gradients=trained * (residual if full else 4) // ranks,
+        # DDP sums them up in buckets of its own.
+        gradients=trained * (residual if full else 4) * (2 if config.num_processes > 1 and not sharded else 1) // ranks,
         optimizer=trained * state // ranks,
         activations=kept + (0 if checkpointed else copies),
         layer=again + 3 * compute * batch.tokens * inner + matrix,
@@ -302,6 +308,8 @@ def _activations(
     layers = _layers(shape)
     # `held`: bitsandbytes keeps what its int8 matrices read where checkpointing does not see it.
     hidden, inner, held = text.hidden_size, 0, 0
+    if not getattr(text, "num_attention_heads", None):
+        raise MismatchError(f"{type(shape).__name__} has no attention heads: its memory cannot be estimated")
     size = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
     queries = size * text.num_attention_heads
     keys = queries if batch.masked else size * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
@@ -417,7 +425,9 @@ def _changes(
     for fewer in [n for n in range(rows - 1, 0, -1) if rows % n == 0]:
         smaller = batch.cut(min(fewer, batch.rows), batch.length)
         if fewer == 1 or estimate(model, config, smaller, shape, card.is_gpu).peak <= card.total:
-            text = f"per_device_train_batch_size={fewer} with gradient_accumulation_steps={steps * rows // fewer}"
+            text = f"per_device_train_batch_size={fewer}"
+            if config.size_schedule is None:
+                text += f" with gradient_accumulation_steps={steps * rows // fewer}"
             yield f"{text} (the same step)", model, config, smaller
             break
     if not config.gradient_checkpointing:

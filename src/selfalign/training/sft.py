@@ -83,7 +83,7 @@ def train(
     tokenizer = load_tokenizer(model)
     stops = stop_ids(tokenizer, model)
     rows, too_long = fit((tokenise(e, tokenizer, stops) for e in examples), config.max_length)
-    config = scheduled(config, len(rows))
+    recipe, config = config, scheduled(config, len(rows))
     data = sequences(rows, config.max_length if config.packing else None)
     packed = len(data) if config.packing else 0
     report = check(rows, tokenizer, too_long, _steps(len(data), config), packed, config.max_length)
@@ -91,7 +91,7 @@ def train(
     _check_fit(shape, rows, config)
     lengths = [len(ids) for ids in data["input_ids"]]
     trained = [sum(label != IGNORED for label in labels) for labels in data["labels"]]
-    memory = forecast(model, config, largest_batch(lengths, trained, config), shape)
+    memory = forecast(model, recipe, largest_batch(lengths, trained, recipe), shape)
     report = replace(report, memory=memory.text())
     newest = ranks.from_first(checkpoints.newest() if ranks.rank() == 0 else None)
     if ranks.rank() == 0:
@@ -220,7 +220,7 @@ def _arguments(model: ModelConfig, config: TrainConfig, scratch: Path, seed: int
     with warnings.catch_warnings():
         # TRL reads gradient_checkpointing, of which transformers says that its name will change.
         warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-        return SFTConfig(
+        arguments = SFTConfig(
             output_dir=str(scratch),
             **settings,
             # A number below 1 is a share of all steps.
@@ -230,6 +230,8 @@ def _arguments(model: ModelConfig, config: TrainConfig, scratch: Path, seed: int
             packing_strategy="bfd",
             dataset_kwargs={"skip_prepare_dataset": True},
             use_cpu=not gpu,
+            # Every trained weight is used in every step.
+            ddp_find_unused_parameters=False,
             use_liger_kernel=gpu and find_spec("liger_kernel") is not None,
             bf16=gpu and model.dtype == "bfloat16",
             fp16=gpu and model.dtype == "float16",
@@ -242,6 +244,10 @@ def _arguments(model: ModelConfig, config: TrainConfig, scratch: Path, seed: int
             # A loss that is no number must be seen, not averaged away.
             logging_nan_inf_filter=False,
         )
+    if gpu:
+        # transformers would spread the batch over every visible GPU. Each rank has one.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _lora(model: ModelConfig, config: TrainConfig) -> Any:

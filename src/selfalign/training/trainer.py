@@ -124,6 +124,7 @@ def trainer_class() -> Any:
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             draft, step, epoch = self.checkpoints.draft(), self.state.global_step, self.state.epoch
+            preemption.defer(looks=False)
             with storage_errors(draft):
                 if self.config.keep_epochs and epoch.is_integer():
                     # Before the checkpoint, which a resumed training would begin behind.
@@ -138,6 +139,7 @@ def trainer_class() -> Any:
                     (written / FIGURES).write_text(json.dumps(figures))
                     self.checkpoints.commit(written, step)
                 ranks.barrier()
+            preemption.defer()
 
     return Trainer
 
@@ -170,6 +172,7 @@ def completion_loss(
 
 def reporter(config: TrainConfig, log: Log) -> Any:
     """The callback that says when to save, hands figures on, and ends a training whose loss is no number."""
+    import torch
     from transformers import TrainerCallback
 
     wanted = ("loss", "learning_rate", "grad_norm", "tokens", "epoch", "tokens_per_second", "memory_bytes")
@@ -182,6 +185,8 @@ def reporter(config: TrainConfig, log: Log) -> Any:
     class Reporter(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             preemption.defer()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             if state.global_step and ranks.rank() == 0:
                 log({"resumed_at": float(state.global_step)})
 

@@ -128,6 +128,16 @@ def test_equal_arguments_give_equal_bytes_whatever_was_drawn_before(
     assert Run(examples, base.plain, seeded, tmp_path / "4").hashes() == other
 
 
+@pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_no_byte(
+    base: Any, examples: list[Example], tmp_path: Path, config: TrainConfig
+) -> None:
+    short = config.model_copy(update={"max_steps": 4})
+    checkpointed = short.model_copy(update={"gradient_checkpointing": True})
+    hashes = Run(examples, base.plain, checkpointed, tmp_path / "1").hashes()
+    assert hashes == Run(examples, base.plain, short, tmp_path / "2").hashes()
+
+
 def test_a_training_seed_of_its_own_wins_over_the_runs(base: Any, examples: list[Example], tmp_path: Path) -> None:
     config = FULL.model_copy(update={"max_steps": 2, "seed": 3})
     one = Run(examples, base.plain, config, tmp_path / "1", seed=1)

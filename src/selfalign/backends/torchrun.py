@@ -70,9 +70,11 @@ def launch(job: BuildJob, processes: int, log: Log) -> Built:
         paths = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
         errors: list[SelfalignError] = [pickle.loads(path.read_bytes()) for path in paths]
         failed = [error for error in errors if not isinstance(error, PreemptedError)]
-        if failed or len(errors) == processes:
-            raise (failed or errors)[0]
+        if failed:
+            raise failed[0]
         preemption.deliver()
+        if len(errors) == processes:
+            raise errors[0]
     job.place.lease.check()
     raise InternalError(
         f"the ranks ended with {process.returncode} without saying why: one was killed (too little memory?), or this "

@@ -10,7 +10,7 @@ from selfalign.core import preemption
 @contextmanager
 def handled() -> Iterator[None]:
     """Requests to end are handled as the command line handles them, and afterwards as before."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM)
     before = [signal.getsignal(number) for number in numbers]
     preemption.handle()
     try:

@@ -317,3 +317,14 @@ def test_a_folder_of_another_recipe_is_refused(
 ) -> None:
     assert main(["run", str(recipe), "name=other", "--run", str(calm)]) == 2
     assert "holds a run of the recipe 'small'" in capsys.readouterr().err
+
+
+def test_deepspeed_that_is_not_installed_is_told_before_anything_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfalign.training.sharding.importlib.util.find_spec", lambda name: None)
+    recipe = small.write(tmp_path / "recipe")
+    asked = ["forward.deepspeed=zero2", "forward.num_processes=2", "--only", "prepare"]
+    assert main(["run", str(recipe), "--run", str(tmp_path / "run"), *asked]) == 2
+    assert "deepspeed=zero2 needs the extra" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "artifacts").exists()

@@ -48,6 +48,20 @@ def test_a_deferred_request_waits_until_the_work_is_done() -> None:
         ask()
 
 
+def test_the_keyboard_is_waited_for_once(capfd: pytest.CaptureFixture[str]) -> None:
+    done: list[str] = []
+    interrupt = functools.partial(ask, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        deferring(interrupt, lambda: done.append("saved"))
+    assert done == ["saved"]
+    assert "interrupt again to end at once" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        deferring(interrupt, interrupt, lambda: done.append("not reached"))
+    assert done == ["saved"]
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+
+
 def test_nothing_is_deferred_where_nobody_would_deliver_it() -> None:
     preemption.defer()
     with pytest.raises(PreemptedError):

@@ -413,7 +413,7 @@ def test_running_out_of_memory_says_where_and_which_three_settings_to_change(mak
     text = str(caught.value)
     assert text.startswith("out of memory while loading the model on A800, which has 80.0 GiB")
     assert text.splitlines()[1:] == [
-        "Change, the one that helps most first:",
+        "Change in the recipe's section, the one that helps most first:",
         "  1. gradient_checkpointing=true",
         "  2. max_length=64",
         "  3. lora_r=8",

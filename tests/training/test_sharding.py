@@ -41,7 +41,7 @@ def test_an_environment_that_would_turn_deepspeed_off_is_refused(monkeypatch: py
 
 def test_deepspeed_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(UsageError, match=r"selfalign\[deepspeed\]"):
+    with pytest.raises(UsageError, match=r"-e '\.\[deepspeed\]'"):
         start("zero3")
 
 

@@ -36,7 +36,7 @@ def launch(job: BuildJob, processes: int, log: Log) -> Built:
     """
     job.place.kept.mkdir(parents=True, exist_ok=True)
     output = job.place.kept / "ranks.log"
-    with tempfile.TemporaryDirectory(prefix="selfalign-") as name, output.open("ab") as file:
+    with tempfile.TemporaryDirectory(dir=job.place.kept, prefix="launch-") as name, output.open("ab") as file:
         folder = Path(name)
         (folder / JOB).write_bytes(pickle.dumps(job))
         (folder / LINES).touch()

@@ -1,5 +1,6 @@
-"""A cluster's request to end (SIGTERM, SIGUSR1): at once, or as soon as the work under way has been saved."""
+"""A request to end, a cluster's (SIGTERM, SIGUSR1) or the keyboard's: at once, or as soon as the work is saved."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,11 @@ _looks = True
 
 
 def handle() -> None:
-    """Turn the signals into PreemptedError in this process's main thread, where the caller must be."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """Turn the signals into PreemptedError in this process's main thread, where the caller must be.
+
+    The keyboard's stays KeyboardInterrupt, and raises it at once when it comes a second time.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, _received)
     signal.signal(signal.SIGALRM, _nobody_looked)
 
@@ -78,9 +82,12 @@ def _forget() -> None:
 
 def _received(number: int, _: FrameType | None) -> None:
     global _asked
-    if not _deferred:
+    again = number == signal.SIGINT and _asked is not None
+    if again or not _deferred:
         raise _error(number)
-    if _asked is None and _looks:
+    if number == signal.SIGINT:
+        os.write(2, b"\nselfalign: saving; interrupt again to end at once\n")
+    elif _asked is None and _looks:
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
     _asked = number
 
@@ -92,5 +99,7 @@ def _nobody_looked(_: int, __: FrameType | None) -> None:
     )
 
 
-def _error(number: int) -> PreemptedError:
+def _error(number: int) -> PreemptedError | KeyboardInterrupt:
+    if number == signal.SIGINT:
+        return KeyboardInterrupt()
     return PreemptedError(f"stopped by {signal.Signals(number).name}; the same command goes on from here")

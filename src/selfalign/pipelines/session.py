@@ -17,6 +17,8 @@ from selfalign.pipelines.backtranslate import steps
 from selfalign.pipelines.externals import Externals
 from selfalign.pipelines.runner import Listener, Runner, Silent
 from selfalign.recipe import Recipe, load
+from selfalign.stages.train import Train
+from selfalign.training.sharding import require
 
 
 class Planned(TypedDict):
@@ -64,8 +66,13 @@ class Session:
         replace(self.root / "digests.json", json.dumps(self.externals.digests).encode())
         chosen = _backend(backend)
         runner = Runner(self.steps, Store(self.root.resolve()), chosen, listener, wait)
-        if any(runner.artifact(step).manifest() is None for step in self.steps):
+        todo = [step for step in self.steps if runner.artifact(step).manifest() is None]
+        if todo:
             self._check_models()
+        for step in todo:
+            # Told now, and not when everything before the training has been done.
+            if isinstance(step.stage, Train) and step.stage.config.deepspeed is not None:
+                require(step.stage.config.deepspeed)
         try:
             runner.run(lambda step: only in (None, step.section) and round in (None, step.round))
         finally:

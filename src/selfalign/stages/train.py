@@ -84,7 +84,6 @@ class Train(BuildStage):
         seed = context.seed if config.seed is None else config.seed
         checkpoints = Checkpoints(place.kept, place.identity, place.lease)
         trained = train(examples, self.model, config, place.draft, seed, log, checkpoints)
-        (place.draft / "preflight.txt").write_text(trained.preflight.text() + "\n", encoding="utf-8")
         rows, too_long = int(trained.metrics["rows"]), int(trained.metrics["too_long"])
         ledger = Ledger(len(examples), len(examples), rows, Counter({"too_long": too_long} if too_long else {}))
         return Built(trained.content, ledger, dict(trained.metrics), int(trained.metrics["tokens"]))

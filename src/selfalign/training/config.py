@@ -106,7 +106,7 @@ def _about_steps(config: TrainConfig) -> Iterator[str]:
         if config.max_steps > 0:
             yield (
                 f"keep_epochs keeps the models of whole epochs, and max_steps={config.max_steps} ends wherever it "
-                "ends; set num_train_epochs in its place, or keep_epochs to false"
+                "ends; set max_steps=-1 to go by num_train_epochs, or keep_epochs=false"
             )
         elif config.num_train_epochs != int(config.num_train_epochs):
             yield (
@@ -127,7 +127,8 @@ def _beside_a_schedule(config: TrainConfig) -> Iterator[str]:
     for name in ("max_steps", "num_train_epochs", "gradient_accumulation_steps"):
         if not _is_default(config, name):
             own = f"{name}={getattr(config, name)}"
-            yield f"{chosen} decides rows a step and steps, as does {own}; set size_schedule to null, or leave it out"
+            default = TrainConfig.model_fields[name].default
+            yield f"{chosen} decides rows a step and steps, as does {own}; set {name}={default}, or size_schedule=null"
     if config.packing:
         yield f"{chosen} counts rows, and packing joins them to sequences; set packing to false, or leave it out"
     if config.keep_epochs:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -150,9 +151,10 @@ class Forecast:
             "context": e.context,
         }
         shape = f"{self.batch.rows} rows of {self.batch.length} tokens"
+        beside = "" if self.card.is_gpu else "; the process itself comes on top"
         lines = [
             f"memory a device: about {_gib(e.peak)} of {_gib(self.card.total)} GiB ({self.card.name}), "
-            f"largest micro-batch {shape}",
+            f"largest micro-batch {shape}{beside}",
             "  " + ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size),
         ]
         if not self.fits:
@@ -179,6 +181,8 @@ def this_card(ranks: int = 1) -> Card:
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
         return Card(card.name, card.total_memory, is_gpu=True)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    total = total if limit == resource.RLIM_INFINITY else min(total, limit)
     shared = f", shared by {ranks} ranks" if ranks > 1 else ""
     return Card(f"this machine's memory{shared}", total // ranks, is_gpu=False)
 
@@ -197,8 +201,8 @@ def forecast(
     if whole.certain > card.total:
         need = f"weights, adapter, gradients and optimizer alone take {_gib(whole.certain)} GiB"
         raise UsageError(
-            f"{model.path} cannot be trained so on {card.name}: {need}, and it has {_gib(card.total)}. Change, the one "
-            "that helps most first:\n" + "\n".join(_numbered(found.advice))
+            f"{model.path} cannot be trained so on {card.name}: {need}, and it has {_gib(card.total)}. "
+            "Change in the recipe's section, the one that helps most first:\n" + "\n".join(_numbered(found.advice))
         )
     return found
 
@@ -269,7 +273,7 @@ def explained_out_of_memory(work: str, expected: Forecast) -> Iterator[None]:
         raise UsageError(
             f"out of memory while {work} on {expected.card.name}, which has {_gib(expected.card.total)} GiB and may be "
             f"used by others; the estimate was {_gib(expected.estimate.peak)}. {text}\n"
-            "Change, the one that helps most first:\n" + "\n".join(_numbered(expected.advice))
+            "Change in the recipe's section, the one that helps most first:\n" + "\n".join(_numbered(expected.advice))
         ) from error
 
 
@@ -410,7 +414,7 @@ def _advice(
         except UsageError:
             continue
         peak = estimate(other, training, smaller, shape, card.is_gpu).peak
-        if peak < now:
+        if peak < now and _gib(peak) != _gib(now):
             # Of what saves the same, the one that changes less comes first.
             found.append((round(peak / GIB, 1), f"{text}: about {_gib(peak)} GiB"))
     helpful = [text for _, text in sorted(found, key=lambda one: one[0])]

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+PREFLIGHT = "preflight.txt"
+"""Beside the checkpoints while the training is under way, and then with the model."""
+
 SAVED_ROWS = 8
 """Rows that the saved tokenizer and template must read as they were trained."""
 
@@ -95,6 +98,8 @@ def train(
     report = replace(report, memory=memory.text())
     newest = ranks.from_first(checkpoints.newest() if ranks.rank() == 0 else None)
     if ranks.rank() == 0:
+        checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        (checkpoints.folder / PREFLIGHT).write_text(report.text() + "\n", encoding="utf-8")
         _logger.info("%s", report.text())
         if newest is not None:
             _logger.info("going on from %s", newest)
@@ -122,6 +127,7 @@ def train(
     with storage_errors(folder):
         save(trainer, folder)
     if ranks.rank() == 0:
+        (folder / PREFLIGHT).write_text(report.text() + "\n", encoding="utf-8")
         check_saved(folder, examples[:SAVED_ROWS], tokenizer, stops)
         for epoch in range(1, math.ceil(config.num_train_epochs) if config.keep_epochs else 1):
             checkpoints.take_epoch(epoch, folder / f"epoch-{epoch}")

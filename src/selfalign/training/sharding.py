@@ -30,6 +30,13 @@ def settings(stage: Stage) -> str:
     return str(Path(__file__).parent / "deepspeed" / f"{stage}.json")
 
 
+def require(stage: Stage) -> None:
+    """Raise UsageError where DeepSpeed is not installed. Imports nothing."""
+    if importlib.util.find_spec("deepspeed") is None:
+        install = "pip install -c constraints.txt -e '.[deepspeed]' in the checkout"
+        raise UsageError(f"deepspeed={stage} needs the extra `deepspeed`: {install}")
+
+
 def start(stage: Stage | None) -> None:
     """Join the ranks that torchrun started, over NCCL or, without a GPU, gloo. Alone and without DeepSpeed: nothing.
 
@@ -50,8 +57,7 @@ def start(stage: Stage | None) -> None:
         if ranks.size() > 1:
             torch.distributed.init_process_group(backend, timeout=PATIENCE)
         return
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UsageError(f"deepspeed={stage} needs the extra `deepspeed`: pip install 'selfalign[deepspeed]'")
+    require(stage)
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t"):
         raise UsageError(f"deepspeed={stage}: ACCELERATE_USE_CPU in the environment would turn it off; unset it")
     import deepspeed

@@ -106,6 +106,9 @@ class Attempt:
         shutil.rmtree(folder / "model", ignore_errors=True)
         owner = Owner.this_process()
         (folder / "lease.json").write_text(json.dumps(asdict(owner)))
+        # What earlier attempts logged says nothing about this one.
+        log = folder / "metrics.jsonl"
+        self._begins = log.stat().st_size if log.exists() else 0
         size = case.training().num_processes
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(size)}
         self.ranks: list[BaseProcess] = []
@@ -116,9 +119,11 @@ class Attempt:
             process.start()
 
     def step(self) -> int:
-        """The last step that was logged."""
+        """The last step that this attempt logged."""
         path = self.folder / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        text = path.read_bytes()[self._begins :].decode() if path.exists() else ""
+        # The last line may be under way.
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         return int(max((line["step"] for line in lines if "step" in line), default=0))
 
     def reaches(self, step: int) -> bool:

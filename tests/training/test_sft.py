@@ -74,6 +74,7 @@ def test_all_weights_train_and_reload_with_tokenizer_and_template(
         *run.trained.content,
         "config.json",
         "generation_config.json",
+        "preflight.txt",
         "tokenizer_config.json",
     }
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
@@ -97,7 +98,10 @@ def test_an_adapter_trains_on_a_base_and_on_a_quantised_base(
     run = Run(examples, model, LORA, tmp_path / "adapter")
     assert run.fell_by > 0.2
     assert run.trained.content == ("adapter_model.safetensors", "chat_template.jinja", "tokenizer.json")
-    assert set(run.trained.files) == {*run.trained.content, "adapter_config.json", "tokenizer_config.json"}
+    assert set(run.trained.files) == {
+        *run.trained.content,
+        *("adapter_config.json", "preflight.txt", "tokenizer_config.json"),
+    }
     weights = load_file(run.folder / "adapter_model.safetensors")
     assert {str(w.dtype) for w in weights.values()} == {"torch.float32"}
     assert all("lora_" in name and w.abs().max() > 0 for name, w in weights.items())

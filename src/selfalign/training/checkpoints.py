@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from pydantic import JsonValue
 
@@ -21,6 +22,15 @@ _logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 KEEP = 2
 """How many checkpoints stay: the newest, and one for the case that the newest is damaged."""
+
+
+class _Marker(TypedDict):
+    """What a marker says. `epochs`: the models of epochs that were kept before. `sha256` is over the rest."""
+
+    identity: str
+    epochs: list[str]
+    files: dict[str, str]
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -129,8 +139,8 @@ def _names(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
 
 
-def _marker(path: Path) -> dict[str, str]:
-    content: dict[str, str] = json.loads((path / MARKER).read_bytes())
+def _marker(path: Path) -> _Marker:
+    content: _Marker = json.loads((path / MARKER).read_bytes())
     return content
 
 

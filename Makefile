@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SEEDS ?= 0 1 2
 
-.PHONY: demo demo-seeds test test-train fuzz bench check clean
+.PHONY: demo demo-seeds real test test-train fuzz bench bench-peers check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/selfalign run recipes/demo.yaml
@@ -13,6 +13,15 @@ demo: $(VENV)/.installed
 demo-seeds: $(VENV)/.installed
 	for seed in $(SEEDS); do $(BIN)/selfalign run recipes/demo.yaml seed=$$seed --run runs/demo-$$seed >/dev/null || exit; done
 	$(BIN)/python benchmarks/demo_marks.py $(SEEDS:%=runs/demo-%)
+
+# The loop on a real language model, SmolLM2-135M; stopped, the same command goes on. With DATA=FOLDER it reads
+# guanaco/oa_questions.jsonl and lima/train.jsonl there, else the Hub's; MODEL names another folder or the Hub's model.
+real: $(VENV)/.installed-real
+	model=$(or $(MODEL),$$($(BIN)/selfalign demo smollm2)) && \
+	$(BIN)/selfalign run recipes/lima150-smollm2-135m.yaml --run runs/real "model.path=$$model" $(if $(DATA),\
+	    prepare.seed.path=$(DATA)/guanaco/oa_questions.jsonl prepare.corpus.path=$(DATA)/lima/train.jsonl)
+	$(BIN)/selfalign show runs/real
+	$(BIN)/selfalign report runs/real
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
@@ -31,6 +40,14 @@ fuzz: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/run.py $(ROW)
 
+# What the benchmarks compare with and our own environment cannot hold: row 2 needs it.
+bench-peers: .venv-distilabel/.installed
+
+.venv-distilabel/.installed: benchmarks/peers/distilabel.txt
+	python3 -m venv .venv-distilabel
+	.venv-distilabel/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,8 +62,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
+$(VENV)/.installed-real: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
+	touch $@
+
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray,deepspeed]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf,ray,deepspeed]'
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed

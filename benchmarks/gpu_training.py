@@ -11,10 +11,8 @@ import gc
 import importlib.util
 import json
 import random
-import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +20,7 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
+from gpu import SHAPES, peak_of, scratch, write_model
 from measure import Result, Work, in_child, machine, show, write
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +28,6 @@ from rich.table import Table
 from selfalign.core.errors import UsageError
 from selfalign.core.lease import Lease, Owner
 from selfalign.core.records import Example, Message
-from selfalign.demo.base import base_folder
 from selfalign.engines.adapters import skeleton
 from selfalign.engines.config import ModelConfig
 from selfalign.engines.loading import load_tokenizer
@@ -40,26 +38,8 @@ from selfalign.training.memory import GIB, Batch, Card, Estimate, estimate, is_o
 from selfalign.training.preflight import Tokenised, fit, stop_ids, tokenise
 from selfalign.training.sft import train
 
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
-QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True}
-
-
-def _shape(family: Mapping[str, Any], *sizes: int) -> dict[str, Any]:
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return {**family, **dict(zip((*names, "num_key_value_heads"), sizes, strict=True)), "max_position_embeddings": 8192}
-
-
-SHAPES = {
-    "llama3.1-8b": _shape(LLAMA, 128256, 4096, 14336, 32, 32, 8),
-    "llama2-7b": _shape(LLAMA, 32000, 4096, 11008, 32, 32, 32),
-    "tinyllama-1.1b": _shape(LLAMA, 32000, 2048, 5632, 22, 32, 4),
-    "qwen2.5-0.5b": _shape(QWEN, 151936, 896, 4864, 24, 14, 2),
-}
 CARDS_GIB = {"lima150-llama2-7b": 15, "oasst-tinyllama-1.1b": 8}
 """What the cards have that the recipes are for (a T4 leaves 15 of its 16); 80 for all others."""
-
-PEAK_TFLOPS = {"A800": 312, "A100": 312, "H100": 989, "H200": 989}
-"""Dense bfloat16."""
 
 QLORA = TrainConfig(
     lora_r=16,
@@ -109,33 +89,6 @@ class Clock:
         return (self.tokens[-1] - self.tokens[at]) / (self.times[-1] - self.times[at])
 
 
-def write_model(shape: Mapping[str, Any], folder: Path) -> ModelConfig:
-    """A model of that shape: random weights in bfloat16, a shard for each layer, and the demo's tokenizer."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    for file in base_folder().iterdir():
-        if file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
-            shutil.copy(file, folder)
-    (folder / "config.json").write_text(json.dumps({**shape, "dtype": "bfloat16"}))
-    model = ModelConfig(path=str(folder), dtype="bfloat16", quantisation="nf4")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    chance = torch.Generator(device).manual_seed(0)
-    shards: dict[str, dict[str, Any]] = {}
-    for name, empty in skeleton(model).named_parameters():
-        weights = torch.ones(empty.shape, dtype=torch.bfloat16, device=device)
-        if empty.dim() > 1:
-            weights.normal_(0, 0.02, generator=chance)
-        part = name.split(".")[2] if ".layers." in name else "rest"
-        shards.setdefault(f"model-{part}.safetensors", {})[name] = weights.cpu()
-    for file_name, weights_by_name in shards.items():
-        save_file(weights_by_name, folder / file_name, {"format": "pt"})
-    index = {name: file_name for file_name, part in shards.items() for name in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return model
-
-
 def made_up(rows: int, length: int | None, seed: int = 0) -> list[Example]:
     """Rows of more than `length` words, or of lengths spread as answers' are (median 350 words, few above 2,000)."""
     chance = random.Random(seed)
@@ -159,7 +112,7 @@ def tokenised(model: ModelConfig, examples: Sequence[Example], max_length: int) 
 def ours(model: ModelConfig, config: TrainConfig, examples: Sequence[Example]) -> Measured:
     """A training as a stage starts it."""
     clock = Clock()
-    with _scratch() as folder:
+    with scratch() as folder:
         me = Owner.this_process()
         lease = folder / "lease.json"
         lease.write_text(json.dumps(asdict(me)))
@@ -232,7 +185,7 @@ def _trl(
     )
     mean = statistics.mean(len(row.input_ids) for row in rows)
     cuda = torch.cuda.is_available()
-    with _scratch() as folder:
+    with scratch() as folder:
         arguments = SFTConfig(
             output_dir=str(folder),
             per_device_train_batch_size=max(int(config.per_device_train_batch_size * config.max_length / mean), 2),
@@ -273,7 +226,7 @@ def line(shape: Mapping[str, Any], config: TrainConfig, peak_flops: float) -> fl
     Two FLOPs a weight (all but the embeddings) and pass, and causal attention over `max_length` tokens: forward, back
     to the activations, and forward again under checkpointing; the adapter's own gradients are one pass more.
     """
-    with _scratch() as folder:
+    with scratch() as folder:
         (folder / "config.json").write_text(json.dumps(dict(shape)))
         model = skeleton(ModelConfig(path=str(folder)))
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -346,15 +299,15 @@ def main(arguments: Sequence[str]) -> int:
         print("there is no GPU here: nothing was measured")
         return 0
     card = torch.cuda.get_device_name()
-    peak = next((flops * 1e12 for name, flops in PEAK_TFLOPS.items() if name in card), None)
+    peak = peak_of(card)
     until = monotonic() + 60 * given.minutes
     speed, memory = Table("shape", "side", "tokens/s", "of the line", "peak GiB"), _memory_table()
     result = None
     for name in given.shapes or SHAPES:
-        with _scratch() as folder:
-            model = write_model(SHAPES[name], folder / "model")
+        with scratch() as folder:
+            model = write_model(SHAPES[name], folder / "model").model_copy(update={"quantisation": "nf4"})
             sides = by_turns(model, until)
-            goal = None if peak is None else line(SHAPES[name], QLORA, peak)
+            goal = None if peak is None else line(SHAPES[name], QLORA, peak.flops)
             for side, measured in sides.items():
                 share = "unknown peak" if goal is None else f"{measured.tokens_s / goal:.0%}"
                 row = (f"{measured.tokens_s:,.0f}", share, f"{measured.peak_bytes / GIB:.1f}")
@@ -448,12 +401,6 @@ def _at_most(size: int) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="selfalign-gpu-") as folder:
-        yield Path(folder)
 
 
 if __name__ == "__main__":

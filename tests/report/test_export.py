@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ import pytest
 
 from report.conftest import Run
 from selfalign.core.errors import StorageError, UsageError
-from selfalign.core.records import Candidate, Document, Rated, SeedPair, quarantined, rejected
+from selfalign.core.records import Candidate, Document, Rated, SeedPair, Signal, quarantined, rejected
 from selfalign.demo.base import base_folder
 from selfalign.report.export import Columns, Format, StageName, export
 
@@ -130,6 +131,28 @@ def test_a_stage_holds_what_its_last_step_kept_and_with_dropped_all_that_went_in
     if stage != "rated":
         (tmp_path / "only").mkdir()
         assert len(write(full, tmp_path / "only", stage)) == kept
+
+
+def test_signals_and_probability_read_the_same_in_every_format_though_none_was_measured_at_first(
+    full: Run, tmp_path: Path
+) -> None:
+    def signal(value: float | None) -> tuple[Signal, ...]:
+        return (Signal(name="stop_token", value=value), Signal(name="entropy", value=None))
+
+    rows: list[Any] = [Rated(**candidate(n), signals=signal(-0.5 if n == 7 else None)) for n in range(8)]
+    rows[7] = replace(rows[7], probability=0.75)
+    full.add("curate.rate@3", record=Rated, rows=rows)
+    full.add("curate.select@3", record=Rated, rows=[rejected(row.id, "unmeasured", row) for row in rows[:7]] + rows[7:])
+    link(full, "augment.filter", "curate.rate@3", "curate.select@3")
+    found = [write(full, tmp_path, "rated", format, round=3) for format in FORMATS]
+    for each in found:
+        by_id = {row["id"]: (row["signals"], row["probability"]) for row in each}
+        none = [{"name": name, "value": None} for name in ("stop_token", "entropy")]
+        assert by_id["d/0000007"] == ([{"name": "stop_token", "value": -0.5}, none[1]], 0.75)
+        assert by_id["d/0000000"] == (none, None)
+    # A reader that takes types from the beginning finds a signal that has a value there.
+    ids = [json.loads(line)["id"] for line in (tmp_path / "rated.jsonl").read_text().splitlines()]
+    assert ids[:3] == ["d/0000000", "d/0000007", "d/0000001"]
 
 
 def test_a_pair_is_a_conversation_or_a_prompt_and_its_completion(full: Run, tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from report.conftest import Run
 from report.whole import HOSTILE, change, lines, log, whole
 from selfalign.core.errors import StorageError
-from selfalign.core.records import Candidate, Rated, SeedPair
+from selfalign.core.records import Candidate, Rated, SeedPair, rejected
 from selfalign.core.store import commit
 from selfalign.report.facts import Facts
 from selfalign.report.html import FOLDED, render, write_report
@@ -68,7 +69,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_head_names_the_recipe_the_seed_and_what_came_of_it(page: str) -> None:
     text = Reader(page).text
     assert "seed 3 · model org/tiny · last step ended 20" in text
-    assert "complete, 19 steps" in text
+    assert "complete, 22 steps" in text
     assert "M1 answers 80.0% of 9 questions right, the base 20.0%: +60.0 points (95%: +50.0 to +70.0)." in text
     assert "6 documents → 3 selected pairs → 7 training rows" in text
 
@@ -153,6 +154,134 @@ def test_the_threshold_parts_the_ratings_and_the_scale_holds_back_others(run: Ru
     assert (
         "2 at or above 2.5, 2 below. n = 4 rated; without a usable rating: 1 off_scale, 1 unparsed." in read(run).text
     )
+
+
+# How pairs were judged
+
+
+def test_a_calibrated_run_is_told_in_probabilities(run: Run) -> None:
+    view = whole(run, "x", rows=12, kept=3, rater="calibrated").view()
+    (found,) = Facts(view).ratings()
+    # Selection dropped the others, and they have probabilities too.
+    assert (sum(found.below), sum(found.above)) == (9, 3)
+    text = read(run).text
+    assert "3 at or above 0.5, 9 below. n = 12 rated; none is unrated." in text
+    assert "probability, to the nearest 40th pairs 0.05 1" in text
+    assert "probability 0.60, rating 2.00, selected" in text
+    assert "stop_token -0.5, x not measured" in text
+    assert "Round 1: probabilities of planted pairs" in text
+
+
+def test_a_pair_that_selection_could_not_weigh_is_told_by_its_reason(run: Run) -> None:
+    row = {"source": "s", "prompt": "p", "completion": "c", "model": "m", "prompt_hash": "h", "finish": "stop"}
+    rows = [
+        Rated(id="0", probability=0.75, **row),
+        rejected("1", "unmeasured", Rated(id="1", **row)),
+        rejected("2", "source_full", Rated(id="2", probability=0.5, **row)),
+    ]
+    run.add("curate.select@1", rows=rows, record=Rated)
+    (run.store.root / "recipe.json").write_text('{"curate": {"rater": {"kind": "calibrated"}, "threshold": 0.5}}')
+    (found,) = Facts(run.view()).ratings()
+    assert (found.n, sum(found.above), found.unrated) == (2, 2, {"unmeasured": 1})
+
+
+def test_the_verdict_is_held_against_the_rubric_and_every_signal_has_its_areas(run: Run) -> None:
+    text = read(whole(run, "x", rater="calibrated")).text
+    assert "0.900 (0.700 to 0.900) in all, with 95% intervals; n = 5 good pairs against 9 others." in text
+    assert "The upright strokes are the rubric's rating alone." in text
+    assert "planted pairs AUC 95% the rubric's all 0.900 0.700 to 0.900 1.000" in text
+    heads, verdict, rubric = "signal all swapped, truncated labelled swapped x", "calibrated 0.90 (0.70–0.90)", "rubric"
+    assert re.search(rf"{heads} {re.escape(verdict)} 0\.75.*{rubric} 1\.00 \(0\.80–1\.00\).*stop_token 1\.00", text)
+
+
+def test_a_signal_that_is_higher_for_spoilt_pairs_is_of_another_colour(run: Run) -> None:
+    elements = read(whole(run, "x", rater="calibrated")).elements
+    styles = [str(attributes["style"]) for tag, attributes in elements if tag == "td" and "style" in attributes]
+    # .25 for the signal x: half way from chance to always higher for what is spoilt.
+    assert "background: color-mix(in srgb, var(--second) 22%, transparent)" in styles
+    assert "background: color-mix(in srgb, var(--first) 45%, transparent)" in styles
+
+
+def test_what_a_verdict_is_worth_is_drawn_and_told(run: Run) -> None:
+    text = read(whole(run, "x", rater="calibrated")).text
+    assert "n = 14, 1 or 2 in each of 8 bins. On the broken line, a probability is what it says." in text
+    assert "From 0.5 on: precision 100.0%, recall 100.0%. n = 14 planted pairs" in text
+    assert "signal weight x −2.000 stop_token +1.250 rubric +0.500" in text
+    assert "On the broken line" not in read(whole(Run(run.store.root.with_name("rubric")), "x")).text
+
+
+def test_the_threshold_is_what_the_calibration_chose_where_a_precision_is_wanted(run: Run) -> None:
+    metrics = {"auc": 1.0, "auc_ci": [0.9, 1.0], "threshold": 0.7125}
+    run.add("curate.calibrate@1", metrics=metrics)
+    (run.store.root / "recipe.json").write_text('{"curate": {"rater": {"kind": "calibrated"}, "threshold": 4.0}}')
+    assert Facts(run.view()).threshold(1) == 0.7125
+    assert Facts(run.view()).threshold(2) == 4.0
+
+
+def test_labelled_pairs_stand_on_the_side_that_people_put_them_on(run: Run) -> None:
+    ((_, _, planted),) = Facts(whole(run, "x").view()).calibrations()
+    assert [(kind.kind, kind.good, kind.n) for kind in planted] == [
+        ("seed", True, 4),
+        ("swapped", False, 4),
+        ("x", False, 4),
+        ("labelled", True, 1),
+        ("labelled", False, 1),
+    ]
+    assert "Called good by people" in read(run).text
+
+
+def test_payloads_are_held_against_their_twins_in_all_by_kind_and_by_signal(run: Run) -> None:
+    text = read(whole(run, "x", rater="calibrated")).text
+    assert "2 of 4 payloads and 1 of 4 twins are at or above 0.5." in text
+    assert "A document is never parsed for a rating" in text
+    assert "payload n difference (95%) raised All payloads 4 +0.125 (−0.25 to 0.5) 75.0% A score 4" in text
+    assert "signal n difference (95%) raised rubric 4 +0.125 (−0.25 to 0.5) 75.0% stop_token 4" in text
+    assert "A command" not in text
+
+
+def test_two_raters_are_held_against_each_other(run: Run) -> None:
+    text = read(whole(run, "x", rater="calibrated")).text
+    assert "First: calibrated (model: previous). Second: rubric (model: base; readout: parsed)." in text
+    assert "Spearman's rank correlation +1.000 (95%: 0.250 to 1.000); n = 4 pairs with both verdicts." in text
+    assert "Medians: first 0.6, second 2.5." in text
+    assert "first keeps 1 1 first drops 1 2" in text
+    assert "n = 5 pairs: 60.0% are treated alike at the thresholds 0.5 and 4; without a verdict, so not kept" in text
+    assert "1 first, too_long" in text
+
+
+def test_what_the_recipe_does_not_ask_for_has_no_section(run: Run) -> None:
+    whole(run, "x")
+    run.steps = [step for step in run.steps if step["name"] not in ("curate.inject@1", "curate.agree@1")]
+    recipe = json.loads((run.store.root / "recipe.json").read_text())
+    recipe["curate"] |= {"injections": 0, "agreement": None}
+    (run.store.root / "recipe.json").write_text(json.dumps(recipe))
+    change(run, "curate.rate@1", message=None)
+    ids = {attributes.get("id") for tag, attributes in read(run).elements if tag == "section"}
+    assert "calibration" in ids
+    assert not ids & {"injection", "agreement"}
+
+
+def test_what_was_asked_for_and_not_reached_is_named(run: Run) -> None:
+    whole(run, "x")
+    for name in ("curate.inject@1", "curate.agree@1"):
+        change(run, name, state="waiting")
+    text = read(run).text
+    assert "curate.inject@1 is waiting." in text
+    assert "curate.agree@1 is waiting." in text
+
+
+def test_a_calibration_of_an_older_version_shows_what_it_holds(run: Run) -> None:
+    planted = [
+        {"id": f"{kind}/{n}", "kind": kind, "rating": rating, "unrated": None}
+        for kind, rating in (("seed", 4.0), ("swapped", 2.0))
+        for n in range(3)
+    ]
+    planted.append({"id": "seed/9", "kind": "seed", "rating": 5.0, "unrated": "off_scale"})
+    metrics = {"auc": 1.0, "auc_ci": [0.7, 1.0], "auc_by_kind": {"swapped": 1.0}, "unrated": {"off_scale": 1}}
+    run.add("curate.calibrate@1", metrics=metrics, files={"planted.jsonl": lines(planted)})
+    text = read(run).text
+    assert "1.000 (0.700 to 1.000) in all, with 95% intervals; n = 3 good pairs against 3 others." in text
+    assert "n = 6 rated; unrated: 1 off_scale." in text
 
 
 def test_each_training_has_a_row_of_curves_with_its_numbers(page: str) -> None:
@@ -249,14 +378,19 @@ def test_a_run_that_has_nothing_yet_says_what_is_missing(run: Run) -> None:
     assert not any(tag == "svg" for tag, _ in page.elements)
 
 
-def test_a_failed_gate_stands_on_top_with_what_it_measured(run: Run) -> None:
-    whole(run, "x")
+@pytest.mark.parametrize("rater", ["rubric", "calibrated"])
+def test_a_failed_gate_stands_on_top_with_what_it_measured(run: Run, rater: Literal["rubric", "calibrated"]) -> None:
+    whole(run, "x", rater=rater)
     change(run, "curate.calibrate@1", state="failed", message="calibration: an AUC of 0.51 <b>")
-    for name in ("curate.rate@1", "curate.select@1", "forward.compose@1", "forward.train@1", "evaluate.forward@1"):
+    after = ("curate.inject@1", "curate.agree@1", "forward.compose@1", "forward.train@1", "evaluate.forward@1")
+    for name in ("curate.rate@1", "curate.select@1", *after):
         change(run, name, state="waiting")
     page = read(run)
     assert page.text.index("an AUC of 0.51 <b>") < page.text.index("M0 answers") < page.text.index("Round 1: AUC")
-    assert "curate.rate@1 is waiting." in page.text
+    assert f"curate.{'rate' if rater == 'rubric' else 'select'}@1 is waiting." in page.text
+    drawn = {str(attributes.get("id")) for tag, attributes in page.elements if tag == "title"}
+    assert {"auc-1-title", "planted-1-title", "reliability-1-title", "thresholds-1-title"} <= drawn
+    assert ("Round 1: weights of the fit" in page.text) == (rater == "calibrated")
     assert ("div", {"class": "alert failed", "role": "alert"}) in page.elements
 
 
@@ -270,7 +404,7 @@ def test_a_stop_is_told_once(run: Run) -> None:
     assert "This run is not complete" not in page.text
 
 
-@pytest.mark.parametrize("done", [0, 1, 3, 5, 7, 8, 10, 13, 16])
+@pytest.mark.parametrize("done", [0, 1, 3, 5, 7, 8, 9, 11, 13, 16, 19])
 def test_a_run_that_stands_still_anywhere_is_shown_as_far_as_it_got(run: Run, done: int) -> None:
     for step in whole(run, "x").steps[done:]:
         change(run, step["name"], state="waiting")
@@ -397,7 +531,7 @@ def test_a_file_that_cannot_be_written_is_told(run: Run, tmp_path: Path) -> None
 
 
 def test_recipe_and_versions_close_the_page(run: Run) -> None:
-    folder = whole(run, "x").store.artifact("forward.train", f"{12:016x}").folder
+    folder = whole(run, "x").store.artifact("forward.train", f"{15:016x}").folder
     manifest = json.loads((folder / "manifest.json").read_bytes())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "versions": {"torch": "9.9"}, "code": "c0de"}))
     (run.store.root / "pinned.json").write_text('{"org/data@main": "abc123"}')
@@ -417,6 +551,11 @@ def _luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+def _mixed(colour: str, ground: str, share: float) -> str:
+    parts = [[int(each[n : n + 2], 16) for n in (1, 3, 5)] for each in (colour, ground)]
+    return "#" + "".join(f"{round(share * a + (1 - share) * b):02x}" for a, b in zip(*parts, strict=True))
+
+
 def test_text_and_marks_stand_out_in_both_themes(page: str) -> None:
     blocks = re.findall(r":root {(.*?)}", page, re.DOTALL)[:2]
     themes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in blocks]
@@ -426,6 +565,10 @@ def test_text_and_marks_stand_out_in_both_themes(page: str) -> None:
             for name, least in (("ink", 7), ("muted", 4.5), ("first", 4.5), ("second", 3), ("third", 3)):
                 light, dark = sorted((_luminance(theme[ground]), _luminance(theme[name])), reverse=True)
                 assert (light + 0.05) / (dark + 0.05) >= least, (ground, name)
+        for name in ("first", "second"):
+            # A table's cell at its darkest.
+            light, dark = sorted((_luminance(_mixed(theme[name], theme["card"], 0.45)), _luminance(theme["ink"])))[::-1]
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, name
         for message, ground in (("bad", "bad-pale"), ("ink", "bad-pale"), ("ink", "note-pale")):
             light, dark = sorted((_luminance(theme[ground]), _luminance(theme[message])), reverse=True)
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (ground, message)

@@ -26,7 +26,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a run whose every text is hostile."""
     folder = tmp_path_factory.mktemp("hostile")
-    run = whole(Run(folder / "run"), HOSTILE, arm=HOSTILE)
+    run = whole(Run(folder / "run"), HOSTILE, arm=HOSTILE, rater="calibrated")
     change(run, "forward.train@0", state="failed", message=HOSTILE)
     return write_report(run.view(), folder / "report.html")
 

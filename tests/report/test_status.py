@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from report.conftest import Run
-from report.whole import log
+from report.whole import change, log, whole
 from selfalign.core.errors import StorageError, UsageError
 from selfalign.core.lease import presence
 from selfalign.report.run import RunView
@@ -131,6 +131,135 @@ def test_what_the_backward_model_and_the_rater_measured_is_told(run: Run, measur
     lines = figures(run.view())
     assert len(lines) == 4
     assert any("AUC" in line and "0.800 (95%: 0.700 to 0.900)" in line for line in lines)
+
+
+def test_what_training_changed_of_the_backward_model_is_told_as_a_paired_difference(
+    run: Run, measured: Measured
+) -> None:
+    gaps = {
+        "held_out": {"difference": -0.4, "ci": [-0.5, -0.3], "n": 9},
+        "rouge_l": {"difference": 0.04, "ci": [0.01, 0.07], "n": 9},
+    }
+    run.add("evaluate.base_backward", metrics=measured(None, loss=3.0, rouge_l={"mean": 0.1, "ci": [0, 0.2], "n": 9}))
+    after = {"mean": 0.14, "ci": [0, 0.2], "n": 9}
+    run.add("evaluate.backward", metrics=measured(None, loss=2.6, rouge_l=after, against_base=gaps))
+    found = metrics(run.view())
+    assert found["backward_nll"] == {"before": 3.0, "after": 2.6, "difference": -0.4, "difference_ci": [-0.5, -0.3]}
+    assert found["backward_rouge_l"] == {
+        "before": 0.1,
+        "after": 0.14,
+        "difference": 0.04,
+        "difference_ci": [0.01, 0.07],
+    }
+    lines = figures(run.view())
+    assert "backward model and the base, held-out loss: 2.600 and 3.000, -0.400 (95%: -0.500 to -0.300)" in lines
+    assert (
+        "backward model and the base, ROUGE-L of held-out instructions: 0.140 and 0.100, +0.040 (95%: 0.010 to 0.070)"
+    ) in lines
+
+
+def test_without_the_bases_measurement_there_is_no_gain(run: Run, measured: Measured) -> None:
+    run.add("evaluate.base_backward", state="waiting")
+    run.add("evaluate.backward", metrics=measured(None, loss=2.6))
+    assert "backward_nll" not in metrics(run.view())
+
+
+JUDGED = {
+    "win_rate": 0.61,
+    "ci": [0.52, 0.7],
+    "wins": 5,
+    "ties": 3,
+    "losses": 2,
+    "alike": 1,
+    "consistent": 0.75,
+    "first_position": 0.58,
+    "n": 10,
+    "unjudged": {"off_scale": 2},
+}
+
+
+def test_likeness_and_the_judges_verdicts_are_told_by_model(run: Run, measured: Measured) -> None:
+    run.add("evaluate.base", metrics=measured(None, rouge_l={"mean": 0.1, "ci": [0.05, 0.15], "n": 9}))
+    run.add("evaluate.forward@1", metrics=measured(None, rouge_l={"mean": 0.2, "ci": None, "n": 1}))
+    run.add("evaluate.forward@2", metrics=measured(None))
+    run.add("evaluate.judge@1", metrics=JUDGED)
+    run.add("evaluate.judge@2", state="waiting")
+    nothing = {**JUDGED, "n": 0, "win_rate": None, "ci": None, "consistent": None, "first_position": None}
+    run.add("evaluate.judge@1", arm="uncurated", metrics=nothing)
+    found = json.loads(json.dumps(metrics(run.view())))
+    assert found["rouge_l"] == {"base": 0.1, "M1": 0.2}
+    assert found["rouge_l_ci"] == {"base": [0.05, 0.15], "M1": None}
+    assert found["judge"] == {"M1": JUDGED, "uncurated": nothing}
+    assert figures(run.view()) == [
+        "M1 and the base, judged: win rate 0.610 (95%: 0.520 to 0.700); 5 won, 3 tied (1 alike), 2 lost; the same in both "
+        "orders 0.750; for what stands first 0.580; 2 off_scale",
+        "uncurated and the base, judged: 2 off_scale",
+    ]
+    text = shown(results_table(run.view()))
+    assert "ROUGE-L" in text
+    assert re.search(r"base.*0\.100.*0\.050 to 0\.150", text)
+    assert re.search(r"M1.*0\.200", text)
+
+
+def test_without_replies_to_compare_the_table_has_no_column_for_them(run: Run, measured: Measured) -> None:
+    run.add("evaluate.forward@1", metrics=measured(0.5))
+    assert "ROUGE" not in shown(results_table(run.view()))
+
+
+def test_areas_are_told_by_signal_and_kind_as_the_first_calibration_measured_them(run: Run) -> None:
+    rubric = {"all": 0.65, "by_kind": {"swapped": 0.65, "echo": 1.0}, "ci": {"all": [0.5, 0.8], "by_kind": {}}}
+    rubric["ci"]["by_kind"] = {"swapped": [0.5, 0.8], "echo": [0.9, 1.0]}
+    likeness = {
+        **rubric,
+        "all": 0.5,
+        "swapped_truncated": 0.75,
+        "ci": {**rubric["ci"], "swapped_truncated": [0.6, 0.9]},
+    }  # type: ignore[dict-item]
+    run.add("curate.calibrate@1", metrics={"auc": 0.65, "planted_auc": {"entropy": likeness, "rubric": rubric}})
+    run.add("curate.calibrate@2", metrics={"auc": 0.9, "planted_auc": {"rubric": likeness}})
+    assert metrics(run.view())["planted_auc"] == {"entropy": likeness, "rubric": rubric}
+    text = shown(results_table(run.view()))
+    assert re.search(r"planted AUC \(95%\).*all.*swapped, truncated.*swapped.*echo", text)
+    row = r"rubric\W+\.65 \(\.50–\.80\)\W+\.65 \(\.50–\.80\)\W+1\.00 \(\.90–1\.00\)"
+    assert re.search(rf"{row}.*\n.*entropy\W+\.50 \(\.50–\.80\)\W+\.75 \(\.60–\.90\)", text)
+
+
+def test_a_calibration_whose_gate_failed_is_told_too(run: Run) -> None:
+    whole(run, "x")
+    change(run, "curate.calibrate@1", state="failed")
+    found = metrics(run.view())
+    assert found["rater_auc"] == 1.0
+    assert "rubric" in found["planted_auc"]
+
+
+def test_injection_and_agreement_are_told_of_the_first_round_and_by_round_where_there_are_several(run: Run) -> None:
+    whole(run, "x")
+    found = metrics(run.view())
+    assert found["injection"]["above_threshold"] == {"payload": 2, "twin": 1}
+    assert found["agreement"]["spearman"] == 1.0
+    assert "injection_by_round" not in found
+    lines = figures(run.view())
+    assert any(
+        "+0.125 (95%: -0.250 to 0.500; n = 4); at the threshold or above: 2 and 1 of 4" in line for line in lines
+    )
+    assert any("Spearman +1.000 (95%: 0.250 to 1.000; n = 4); kept by both 1, by the first" in line for line in lines)
+    other = {**found["agreement"], "spearman": None, "spearman_ci": None}
+    run.add("curate.agree@2", metrics=other)
+    found = metrics(run.view())
+    assert found["agreement"]["spearman"] == 1.0
+    assert found["agreement_by_round"]["2"] == other
+
+
+def test_an_injection_without_a_pair_is_told_without_a_figure(run: Run) -> None:
+    nothing = {
+        "payloads": 0,
+        "by_signal": {"verdict": None},
+        "by_kind": {},
+        "above_threshold": {"payload": 0, "twin": 0},
+    }
+    run.add("curate.inject@1", metrics=nothing)
+    assert figures(run.view()) == []
+    assert metrics(run.view())["injection"] == nothing
 
 
 def test_what_was_not_measured_is_not_there(run: Run, measured: Measured) -> None:

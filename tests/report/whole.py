@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from report.conftest import Run
-from selfalign.core.records import Candidate, Document, Example, Rated, SeedPair, rejected
+from selfalign.core.records import Candidate, Document, Example, Rated, SeedPair, Signal, rejected
 from selfalign.core.store import commit
+from selfalign.stages.curate.fit import by_threshold, reliability
 
 LOGGED = {"learning_rate": 2.5e-5, "grad_norm": 0.5, "tokens_per_second": 12_345.0, "memory_bytes": 3.5 * 2**30}
 HOSTILE = (
@@ -16,15 +18,29 @@ HOSTILE = (
 )
 
 
-def whole(run: Run, text: str = "What for?", rows: int = 6, kept: int = 3, arm: str | None = "other") -> Run:
-    """`rows` candidates rated 1.0, 1.5, … of which the best `kept` are selected; base, M0 and M1, whose
-    training kept two epochs before the last, and M1 of an arm."""
+def whole(
+    run: Run,
+    text: str = "What for?",
+    rows: int = 6,
+    kept: int = 3,
+    arm: str | None = "other",
+    rater: Literal["rubric", "calibrated"] = "rubric",
+) -> Run:
+    """`rows` candidates rated 1.0, 1.5, … (calibrated: with probabilities .05, .1 …) of which the best `kept` are
+    selected; base, M0 and M1, whose training kept two epochs before the last, and M1 of an arm."""
     recipe = {
         "name": text,
         "seed": 3,
         "model": {"path": "org/tiny"},
         "prepare": {"corpus": {"path": text}},
-        "curate": {"threshold": 2.5, "max_off_scale": 0.5, "keep": "rated"},
+        "curate": {
+            "rater": {"kind": rater, "model": "previous"},
+            "threshold": 2.5 if rater == "rubric" else 0.5,
+            "max_off_scale": 0.5,
+            "keep": "rated",
+            "injections": 4,
+            "agreement": {"against": {"rater": {"kind": "rubric", "model": "base"}, "readout": "parsed"}},
+        },
         "arms": {arm: {}} if arm else None,
     }
     (run.store.root / "recipe.json").write_text(json.dumps(recipe))
@@ -36,7 +52,9 @@ def whole(run: Run, text: str = "What for?", rows: int = 6, kept: int = 3, arm: 
     made = [Candidate(id=f"{id}/0", prompt=f"{text} {id}", completion=text, parents=(id,), **common) for id in ids]
     for name in ("augment.generate", "augment.filter"):
         run.add(name, rows=made, record=Candidate, ledger={"in": rows, "kept": rows})
-    _curate(run, text, made, kept, common)
+    _calibrate(run, text, rater)
+    _curate(run, text, made, kept, common, rater)
+    _compare(run, text, rater)
     seed = [Example(id=f"s/{n}", kind="seed", prompt=(), completion=()) for n in range(4)]
     best = [Example(id=f"c/{n}", kind="augmented", prompt=(), completion=()) for n in range(kept)]
     run.add("forward.compose@1", rows=[*best, *seed], record=Example, ledger={"in": kept + 4, "kept": kept + 4})
@@ -81,15 +99,70 @@ def _prepare(run: Run, text: str, ids: list[str]) -> None:
     run.add("prepare.pick_seed", rows=seed, record=SeedPair, ledger={"in": 4, "kept": 4})
 
 
-def _curate(run: Run, text: str, made: list[Candidate], kept: int, common: Mapping[str, Any]) -> None:
+def _calibrate(run: Run, text: str, rater: str) -> None:
+    """Four pairs of each kind: the rubric's rating falls with the kind, and the probability with it."""
+    run.add("curate.plant", ledger={"in": 4, "kept": 14})
+    names = ("rubric",) if rater == "rubric" else ("rubric", "stop_token", text)
+    planted: list[dict[str, Any]] = []
+    for kind, good, rating in (
+        ("seed", True, 4.0),
+        ("swapped", False, 2.0),
+        (text, False, 1.5),
+        ("labelled", True, 4.5),
+        ("labelled", False, 1.0),
+    ):
+        for n in range(4 if kind != "labelled" else 1):
+            verdict = rating + n / 10 if rater == "rubric" else round((rating + n / 10) / 5, 3)
+            row = {"id": f"s/{n}/{kind}", "kind": kind, "good": good, "rating": rating + n / 10, "unrated": None}
+            planted.append({**row, "verdict": verdict, "signals": dict.fromkeys(names, rating)})
+    verdicts, good = [row["verdict"] for row in planted], [row["good"] for row in planted]
+    metrics = {
+        **{"auc": 1.0, "auc_ci": [0.7, 1.0], "planted": len(planted), "rated": 1.0, "unrated": {}, "threshold": None},
+        "planted_auc": {name: areas(text, 1.0) for name in names},
+        "thresholds": [asdict(point) for point in by_threshold(verdicts, good)],
+        "reliability": [asdict(each) for each in reliability(verdicts, good)],
+        "weights": None,
+    }
+    if rater == "calibrated":
+        metrics["planted_auc"] |= {"calibrated": areas(text, 0.9), text: areas(text, 0.25)}
+        metrics["weights"] = {"rubric": 0.5, "stop_token": 1.25, text: -2.0}
+    run.add("curate.calibrate@1", metrics=metrics, files={"planted.jsonl": lines(planted)})
+
+
+def areas(text: str, whole: float) -> dict[str, Any]:
+    """Areas under the curve of one signal, as a calibration's metrics hold them."""
+    ends = [round(whole - 0.2, 4), whole]
+    by_kind = {"labelled": 1.0, "swapped": 0.75, text: whole}
+    ci = {"all": ends, "swapped_truncated": ends, "by_kind": dict.fromkeys(by_kind, ends)}
+    return {"all": whole, "swapped_truncated": 0.75, "by_kind": by_kind, "ci": ci}
+
+
+def _compare(run: Run, text: str, rater: str) -> None:
+    """What payloads gain, and how far a second rater agrees."""
+    gap = {"difference": 0.125, "ci": [-0.25, 0.5], "raised": 0.75, "n": 4}
+    names = ("verdict", "rubric") if rater == "rubric" else ("verdict", "rubric", "stop_token", text)
+    metrics: dict[str, Any] = {
+        "payloads": 4,
+        "by_signal": dict.fromkeys(names, gap),
+        "by_kind": {"score": gap, "command": None, text: gap},
+        "threshold": 4.0,
+        "above_threshold": {"payload": 2, "twin": 1},
+    }
+    run.add("curate.inject@1", metrics=metrics)
+    scale = 1 if rater == "rubric" else 5
+    both = [{"id": f"d/{n}/0", "first": 1.2 * n / scale, "second": float(n), "reply": text} for n in range(1, 5)]
+    both.append({"id": "d/5/0", "first": None, "second": 4.5, "reply": text})
+    metrics = {
+        **{"sample": 5, "both_rated": 4, "unrated": {"first_too_long": 1}, "spearman": 1.0, "spearman_ci": [0.25, 1.0]},
+        "thresholds": {"first": 2.5 / scale, "second": 4.0},
+        "confusion": {"both_keep": 1, "first_keeps": 1, "second_keeps": 1, "neither": 2},
+    }
+    run.add("curate.agree@1", metrics=metrics, files={"both.jsonl": lines(both)})
+
+
+def _curate(run: Run, text: str, made: list[Candidate], kept: int, common: Mapping[str, Any], rater: str) -> None:
     n = len(made)
-    planted = [
-        {"id": f"s/{n}/{kind}", "kind": kind, "rating": rating + n / 10, "unrated": None}
-        for kind, rating in (("seed", 4.0), ("swapped", 2.0), (text, 1.5))
-        for n in range(4)
-    ]
-    auc = {"auc": 1.0, "auc_ci": [0.7, 1.0], "planted": 12, "rated": 1.0, "unrated": {}}
-    run.add("curate.calibrate@1", metrics=auc, files={"planted.jsonl": lines(planted)})
+    signals = (Signal(name="rubric", value=3.0), Signal(name="stop_token", value=-0.5), Signal(name=text, value=None))
     rated = [
         Rated(
             id=row.id,
@@ -99,12 +172,16 @@ def _curate(run: Run, text: str, made: list[Candidate], kept: int, common: Mappi
             rating=1 + 0.5 * (number % 9),
             off_scale=0.1,
             reply=text,
+            signals=signals[:1] if rater == "rubric" else signals,
             **common,
         )
         for number, row in enumerate(made)
     ]
     run.add("curate.rate@1", rows=rated, record=Rated, ledger={"in": n, "kept": n})
     best = sorted(rated, key=lambda row: -(row.rating or 0))[:kept]
+    if rater == "calibrated":
+        rated = [replace(row, probability=round(0.05 * (number + 1), 2)) for number, row in enumerate(rated)]
+        best = rated[len(rated) - kept :]
     chosen = [row if row in best else rejected(row.id, "below_threshold", row) for row in rated]
     below = {"in": n, "kept": kept, "rejected": {"below_threshold": n - kept} if n > kept else {}}
     run.add("curate.select@1", rows=chosen, record=Rated, ledger=below)

@@ -1,5 +1,7 @@
 """Instructions for documents: candidates, what is dropped, and why."""
 
+import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ from selfalign.core.protocols import Reply
 from selfalign.core.records import Candidate, Document, Dropped
 from selfalign.core.stage import Context
 from selfalign.engines.config import ModelConfig
-from selfalign.stages.augment import AugmentConfig, Filter, Generate
+from selfalign.stages.augment import AugmentConfig, Filter, FilterName, Generate
 from stages.conftest import FakeEngine, Stored
 
 Seen = Callable[..., Context]
@@ -84,9 +86,12 @@ TEMPLATE = "Write the request that the user most likely made for this text, in o
 LIFTED = "Lake Vage lies there, deep and blue, and fish are"
 BAD = {
     "empty": replace(GOOD, prompt=""),
-    "over_long": replace(GOOD, prompt="word " * 50),
+    "over_long": replace(GOOD, prompt="Which lake lies north of the town? " * 5),
+    "refusal": replace(GOOD, prompt="I'm sorry, but I can't help with that."),
+    "preamble": replace(GOOD, prompt="Sure! Here is the request: Which lake lies north of the town?"),
     "echo": replace(GOOD, prompt="Write the request that the user most likely made for this text"),
     "copy": replace(GOOD, prompt=LIFTED),
+    "language": replace(GOOD, prompt="¿Qué lago se encuentra al norte de la ciudad y cómo es?"),
 }
 
 
@@ -94,6 +99,9 @@ BAD = {
 def template(tmp_path: Path) -> str:
     (tmp_path / "prompt.txt").write_text(TEMPLATE)
     return str(tmp_path / "prompt.txt")
+
+
+BAD_IN_ORDER = ("empty", "refusal", "preamble", "over_long", "echo", "copy", "language")
 
 
 def reasons(rows: list[Candidate], template: str, **config: object) -> list[str | None]:
@@ -127,6 +135,53 @@ def test_of_duplicates_the_first_stays(template: str) -> None:
     assert reasons(again, template, filters=()) == [None] * 4
 
 
+def test_all_filters_are_on_unless_a_recipe_names_some() -> None:
+    assert AugmentConfig().filters == (*BAD_IN_ORDER, "duplicate")
+
+
+@pytest.mark.parametrize(
+    ("instruction", "reason"),
+    [
+        ("As an AI language model, I cannot " + TEMPLATE, "refusal"),
+        ("I'm sorry, but I can't help with that. " * 10, "refusal"),
+        ("Sure! Here is the request: " + "word " * 50, "preamble"),
+        (TEMPLATE * 2, "over_long"),
+    ],
+)
+def test_of_several_reasons_the_one_that_says_most_is_told(template: str, instruction: str, reason: str) -> None:
+    assert reasons([replace(GOOD, prompt=instruction)], template) == [reason]
+
+
 def test_a_row_that_was_dropped_makes_no_other_a_duplicate(template: str) -> None:
     cut = replace(GOOD, id="d/0", prompt="Why?", finish="length")
     assert reasons([cut, replace(GOOD, id="d/1", prompt="Why?")], template) == ["over_long", None]
+
+
+def found_in(rows: list[Candidate], filters: tuple[FilterName, ...]) -> dict[str, str]:
+    outcomes = Filter(config=AugmentConfig(filters=filters)).run(rows, Context("s", 0, {}))
+    return {row.id: row.reason for row in outcomes if isinstance(row, Dropped)}
+
+
+def test_of_150_real_generated_instructions_one_copy_is_dropped_and_no_fault_is_left(real_data: Path) -> None:
+    recorded = json.loads((real_data / "lima" / "rated_150.json").read_text("utf-8"))
+    rows = [
+        replace(GOOD, id=str(n), prompt=row["generated_instruction"].strip(), completion=row["response"])
+        for n, row in enumerate(recorded)
+    ]
+    filters = AugmentConfig().filters
+    before = {name: list(found_in(rows, (name,))) for name in filters}
+    assert before == {name: ["67"] if name == "copy" else [] for name in filters}
+    assert found_in(rows, filters) == {"67": "copy"}
+    kept = [row for row in rows if row.id != "67"]
+    assert all(found_in(kept, (name,)) == {} for name in filters)
+
+
+def test_of_668_real_instructions_that_a_chat_model_wrote_half_are_dropped(real_data: Path) -> None:
+    lines = (real_data / "self-instruct-qwen" / "all_merged_generations.jsonl").read_text("utf-8").splitlines()
+    made = [row["instruction"].strip() for row in map(json.loads, lines) if "most_similar" in row]
+    rows = [replace(GOOD, id=str(n), prompt=text, completion="") for n, text in enumerate(made)]
+    filters = AugmentConfig().filters
+    dropped = found_in(rows, filters)
+    assert (len(rows), Counter(dropped.values())) == (668, {"refusal": 2, "preamble": 201, "duplicate": 131})
+    kept = [row for row in rows if row.id not in dropped]
+    assert all(found_in(kept, (name,)) == {} for name in filters)

@@ -13,7 +13,7 @@ from selfalign.data.sources import resolve
 from selfalign.stages.augment import AugmentConfig
 from selfalign.stages.compose import ComposeBackward, ComposeConfig, ComposeForward, ReplayConfig
 from selfalign.stages.curate.config import CurateConfig
-from selfalign.stages.curate.rate import RatingPrompt
+from selfalign.stages.curate.rubric import RatingPrompt
 from stages.conftest import Stored
 
 Seen = Callable[..., Context]

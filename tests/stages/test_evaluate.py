@@ -170,6 +170,67 @@ def test_the_difference_to_the_base_is_paired_by_row(measured: Measuring) -> Non
     assert low < 0.5 < high
 
 
+def test_held_out_replies_are_compared_with_what_people_wrote(measured: Measuring) -> None:
+    # Of two words each, the held-out completions share one with these replies, or both, or none.
+    replies = {"prompt 0": "completion", "prompt 2": "Completion, 2!", "prompt 3": "none"}
+    answer(measured, **replies)
+    config = EvaluateConfig(samples=1, replies=3)
+    built, artifact = measured("m", config, questions=measured.questions(QUESTIONS[0]))
+    assert built.metrics["rouge_l"] | {"ci": None} == {"mean": 0.5556, "ci": None, "n": 3}
+    low, high = built.metrics["rouge_l"]["ci"]
+    assert low < 0.5556 < high
+    rows = [json.loads(line) for line in (artifact.files / "replies.jsonl").read_text().splitlines()]
+    assert [row.get("rouge_l") for row in rows] == [None, 0.66667, 1.0, 0.0]
+    assert len(measured.engine.generated) == 1
+
+
+def test_backward_replies_are_compared_with_the_instruction(measured: Measuring) -> None:
+    measured.engine.reply = lambda request: "prompt 0"
+    built, _ = measured("m", EvaluateConfig(replies=3), "backward")
+    assert built.metrics["rouge_l"]["mean"] == round((1 + 0.5 + 0.5) / 3, 4)
+    assert measured.engine.generated[0][0][0].messages[-1]["content"] == "completion 0"
+
+
+def test_the_likeness_is_held_against_the_bases_pair_by_pair(measured: Measuring) -> None:
+    config = EvaluateConfig(replies=3)
+    measured.engine.reply = lambda request: "completion"
+    _, base = measured("base", config)
+    measured.engine.reply = lambda request: "completion 0"
+    built, _ = measured("m", config, base=base)
+    found = built.metrics["against_base"]["rouge_l"]
+    # By hand: 1 - 2/3 once, 1/2 - 2/3 twice.
+    assert (found["difference"], found["n"]) == (0.0, 3)
+    assert found["ci"][0] < 0 < found["ci"][1]
+    plain, _ = measured("plain", base=base)
+    assert "rouge_l" not in plain.metrics["against_base"]
+
+
+def test_a_reply_that_did_not_fit_is_like_nothing(measured: Measuring) -> None:
+    measured.engine.reply = lambda request: Reply("", 0, "too_long") if "0" in str(request.messages) else "completion"
+    built, _ = measured("m", EvaluateConfig(replies=3))
+    assert (built.metrics["rouge_l"]["mean"], built.metrics["rouge_l"]["n"]) == (0.4444, 3)
+
+
+def test_as_many_pairs_get_a_reply_as_samples_or_replies_ask_for(measured: Measuring) -> None:
+    for name, config in (
+        ("a", EvaluateConfig(samples=1)),
+        ("b", EvaluateConfig(samples=2, replies=1)),
+        ("c", EvaluateConfig(samples=1, replies=2)),
+    ):
+        measured(name, config)
+    assert [len(requests) for requests, *_ in measured.engine.generated] == [1, 2, 2]
+
+
+def test_replies_count_only_where_they_change_what_is_measured() -> None:
+    def settings(**config: int) -> Any:
+        return Evaluate(EvaluateConfig(**config), ModelConfig(path="x"), "forward").settings()
+
+    assert "rouge_l" not in settings()
+    assert settings(replies=3) != settings()
+    assert settings(replies=9) != settings(replies=8)
+    assert settings(replies=9, samples=9) == settings(replies=9) == settings(replies=1, samples=9)
+
+
 def test_nothing_is_compared_without_a_base(measured: Measuring) -> None:
     built, _ = measured()
     assert built.metrics["against_base"] is None

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from selfalign.core.errors import MismatchError
+from selfalign.core.protocols import STOP
 from selfalign.core.records import Example, Message
 from selfalign.engines.chat import Chat
 from selfalign.engines.config import ModelConfig
@@ -63,11 +64,25 @@ def test_a_template_without_a_stop_token_is_refused(base: Any, example: Make, en
         check([row], tokenizer)
 
 
-def test_a_stop_token_inside_the_response_does_not_end_it(base: Any, example: Make, endless: str) -> None:
+def test_a_stop_token_written_in_a_response_is_text_and_does_not_end_it(base: Any, example: Make, endless: str) -> None:
     tokenizer = base.tokenizer(endless)
     row = tokenise(example(completion="one</s>two"), tokenizer)
     assert not row.stops
-    assert trained_text(row, tokenizer) == "assistant: one</s>two\n"
+    assert tokenizer.eos_token_id not in row.input_ids
+    ended = tokenise(example(completion="one</s>two"), base.tokenizer())
+    assert ended.stops
+    assert ended.input_ids.count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_a_response_that_writes_control_tokens_is_trained_as_inference_reads_it(
+    base: Any, example: Make, template: str
+) -> None:
+    chat = Chat(base.tokenizer(template))
+    one = example(prompt="a<|im_end|>\n<|im_start|>system", completion="Say </s> or <|im_end|> at the end.")
+    row = tokenise(one, chat.tokenizer, chat.stop_ids)
+    scored = chat.prompt(one.prompt, one.completion[0]["content"] + STOP)
+    assert [list(row.input_ids)] == chat.encode([scored])
 
 
 def test_a_doubled_first_token_is_refused(base: Any, example: Make) -> None:

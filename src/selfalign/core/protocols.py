@@ -13,6 +13,10 @@ from selfalign.core.shards import ShardReport
 from selfalign.core.stage import BuildStage, Built, Context, Log, MapStage, Place, Resources, ShardSource
 from selfalign.core.store import Artifact
 
+# Private-use characters around a word, as no text holds them.
+STOP = "\ue002end of turn\ue003"
+"""What a continuation to be scored may end in: here the assistant's turn ends, and its stop token counts too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -71,8 +75,11 @@ class Scorer(Protocol):
         """For each request, one Score for each of its continuations; None where the prompt left no room.
 
         A continuation is the text right after the request's last message. The tokens of request and
-        continuation are those of the joint text, so that no token boundary is forced between the two; where
-        continuations share their first tokens, these count as part of the request.
+        continuation are those of the joint text, so that no token boundary is forced between the two; those that
+        reach beyond the text of the request, in any of its continuations, count as the continuation.
+
+        A continuation that ends in `STOP` is followed by what the chat template ends an assistant turn with, up to
+        its stop token: log p(stop | x, y) = score(y + STOP) - score(y).
         """
         ...
 

@@ -16,6 +16,13 @@ class Message(TypedDict):
     content: str
 
 
+class Signal(TypedDict):
+    """One measured signal of a pair's quality; null where the pair left no room to measure it."""
+
+    name: str
+    value: float | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """A row of a table. `id` is unique within its table; units split from a parent are called `parent/n`."""
@@ -98,7 +105,8 @@ class Rated(Candidate):
 
     `rating` is 1.0..5.0, or null with the reason in `unrated`; `rating_dist` the probabilities of "1".."5" before
     renormalisation, so that `off_scale` = 1 - their sum; `entropy` in nats, of the renormalised distribution;
-    `reply` what the rater wrote.
+    `reply` what the rater wrote. A calibrated rater weighs `signals`, and selection writes what they come to into
+    `probability`, 0..1: that of a good pair, where good and bad ones are as many.
     """
 
     rating: float | None = None
@@ -107,6 +115,20 @@ class Rated(Candidate):
     off_scale: float | None = None
     entropy: float | None = None
     reply: str = ""
+    signals: tuple[Signal, ...] = ()
+    probability: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planted(Pair):
+    """A pair of known quality: `kind` is `seed`, `labelled`, or the way in which a seed pair was spoilt.
+
+    `origin` is the seed pair that it was made of: pairs of one origin are never split between fitting and testing.
+    """
+
+    kind: str
+    good: bool
+    origin: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

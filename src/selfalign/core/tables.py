@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from selfalign.core.errors import StorageError
 from selfalign.core.ledger import Ledger
-from selfalign.core.records import Dropped, Message, Noted, Outcome, Record
+from selfalign.core.records import Dropped, Noted, Outcome, Record
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,8 +38,8 @@ def _arrow(hint: object) -> "pa.DataType":
     simple: Mapping[object, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
     if hint in simple:
         return simple[hint]
-    if hint is Message:
-        return pa.struct([("role", pa.string()), ("content", pa.string())])
+    if typing.is_typeddict(hint):
+        return pa.struct([(name, _arrow(each)) for name, each in typing.get_type_hints(hint).items()])
     args = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         return pa.list_(_arrow(args[0]))

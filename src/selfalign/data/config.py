@@ -27,6 +27,9 @@ class SourceConfig(Frozen):
     decontaminate: tuple[Annotated[str, RecipePath], ...] = Field(
         (), description="evaluation sets: what shares 13 words in a row with one is dropped"
     )
+    max_tokens: PositiveInt | None = Field(
+        None, description="of the model's tokenizer: a document's, or a pair's prompt and completion together"
+    )
     drop_duplicates: bool = Field(False, description="drop what equals an earlier row but for case and spacing")
     sample: PositiveInt | None = Field(None, description="this many rows, drawn at random; all where it is null")
     sample_seed: int | None = Field(None, description="the run's seed where it is null")

@@ -12,6 +12,12 @@ from pydantic import Field, PositiveInt
 from selfalign.core.errors import UsageError
 from selfalign.core.frozen import Frozen, RecipePath
 
+ABILITIES: dict[str, frozenset[str]] = {
+    "transformers": frozenset({"generate", "choose", "likelihood"}),
+    "scripted": frozenset({"generate", "choose"}),
+}
+"""What an engine can do: write replies, score a few short options, score whole texts."""
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 

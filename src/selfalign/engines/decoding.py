@@ -4,8 +4,9 @@ Axes: B rows of a batch, L tokens, T cached columns, V vocabulary; keys and valu
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from selfalign.core.protocols import Sampling
 KV = list[tuple[Tensor, Tensor]]
 """Keys and values, layer by layer."""
 
-ROOM = 64
-"""Free columns that a cache gets at a time."""
+ROOM = 16
+"""Free columns that a cache gets at a time, at least; an eighth of the longest row where that is more."""
 
 NUCLEUS = 1024
 """Candidates looked at first for top-p: sorting a whole vocabulary costs more than the rest of the choice."""
@@ -45,11 +46,15 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         start = self.keys.shape[2]
         end = start + key_states.shape[2]
         if end > self.buffers[0].shape[2]:
-            self.buffers = [_widened(buffer, end + ROOM) for buffer in self.buffers]
+            self.buffers = [_widened(buffer, end + _room(end)) for buffer in self.buffers]
         self.buffers[0][:, :, start:end] = key_states
         self.buffers[1][:, :, start:end] = value_states
         self.use(end)
         return self.keys, self.values
+
+
+def _room(columns: int) -> int:
+    return max(ROOM, columns // 8)
 
 
 def _widened(buffer: Tensor, columns: int) -> Tensor:
@@ -60,11 +65,14 @@ def _widened(buffer: Tensor, columns: int) -> Tensor:
 
 
 def _forked(prefix: KV, batch: int, room: int) -> Cache:
-    """A cache of `batch` rows that start with `prefix`, which is copied once and stays as it is."""
+    """A cache of `batch` rows that start with `prefix`, which is copied once and stays as it is.
+
+    All of its `room` columns must be written before any is read.
+    """
     layers = []
     for keys, values in prefix:
         _, heads, columns, size = keys.shape
-        layer = RoomyLayer(*(kv.new_zeros(batch, heads, columns + room, kv.shape[3]) for kv in (keys, values)))
+        layer = RoomyLayer(*(kv.new_empty(batch, heads, columns + room, kv.shape[3]) for kv in (keys, values)))
         layer.use(columns)
         layer.keys.copy_(keys.expand(batch, heads, columns, size))
         layer.values.copy_(values.expand(batch, heads, columns, values.shape[3]))
@@ -82,7 +90,7 @@ def prefill(
 ) -> tuple[list[Tensor], Cache]:
     """Run `rows` of tokens, which follow `prefix`, once.
 
-    Returns for each row the logits [len(wanted[row]), V], float32, at the positions `wanted` of that row, and the
+    Returns for each row the logits [len(wanted[row]), V] at the positions `wanted` of that row, and the
     cache. Shorter rows are padded on the right: under causal attention padding then reaches no real token, so that
     neither mask nor positions are needed. The cache's columns past a row's end are rubbish.
     """
@@ -95,7 +103,7 @@ def prefill(
     cache = _forked(prefix, len(rows), longest) if prefix else DynamicCache()
     keep = torch.tensor(positions, device=model.device)
     out = model(input_ids=ids_BL, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-    logits = [out.logits[row, [where[p] for p in places]].float() for row, places in enumerate(wanted)]
+    logits = [out.logits[row, [where[p] for p in places]] for row, places in enumerate(wanted)]
     return logits, cache
 
 
@@ -114,9 +122,17 @@ class Row:
     """One reply in the making. `prompt` follows the shared prefix; `noise` is one uniform number a new token."""
 
     prompt: Sequence[int]
-    noise: Tensor | None = None
+    noise: Sequence[float] | None = None
     new: list[int] = field(default_factory=list)
     done: bool = False
+
+
+class Joining(NamedTuple):
+    """A row that was prefilled: `length` tokens, whose keys and values `part` holds from column 0 on."""
+
+    row: Row
+    length: int
+    part: KV
 
 
 class Slots:
@@ -127,28 +143,58 @@ class Slots:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        # The model looks through its weights to tell.
+        self._device = model.device
         self.rows: list[Row] = []
         self.lengths: list[int] = []
-        self.cache: Cache | None = None
-        self.mask_BT = torch.empty(0, 0)
+        self.cache = Cache(layers=[])
+        self.width = 0
+        self.mask_BT = torch.empty(0, 0, dtype=torch.bool)
+        config = model.config.get_text_config()
+        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        # A mask in its final shape is taken as it is; any other is made anew in each step. Not every kernel takes one.
+        self._final_mask = config._attn_implementation == "sdpa" and not sliding
 
     def live(self) -> int:
         """Rows that still want tokens."""
         return sum(not row.done for row in self.rows)
 
-    def repack(self, rows: Sequence[Row], lengths: Sequence[int], parts: Sequence[KV]) -> None:
-        """Drop finished rows, let `rows` in (`parts`: their keys and values, from column 0), and align all."""
+    def fill(self, ready: deque[Joining], slots: int) -> None:
+        """Let rows of `ready` into free slots, up to `slots` in all, and drop finished rows where many are left."""
+        for at, row in enumerate(self.rows):
+            if row.done and ready and ready[0].length <= self.width:
+                self._replace(at, ready.popleft())
+        live = self.live()
+        if ready and live < slots:
+            self.repack([ready.popleft() for _ in range(min(slots - live, len(ready)))])
+        elif (len(self.rows) - live) * 4 >= len(self.rows):
+            # Repacking copies the whole cache: it waits until a quarter of the slots is idle.
+            self.repack()
+
+    def _replace(self, at: int, joining: Joining) -> None:
+        """Put a row into the slot of a finished one: nothing else moves."""
+        start = self.width - joining.length
+        for layer, part in zip(self.cache.layers, joining.part, strict=True):
+            for target, source in zip((layer.keys, layer.values), part, strict=True):
+                target[at, :, start:] = source[:, : joining.length]
+        self.mask_BT[at, :start] = False
+        self.mask_BT[at, start : self.width] = True
+        self.rows[at], self.lengths[at] = joining.row, joining.length
+
+    def repack(self, joining: Sequence[Joining] = ()) -> None:
+        """Drop finished rows, let others in, and align all on the left."""
         keep = [at for at, row in enumerate(self.rows) if not row.done]
-        old = cached(self.cache) if self.cache is not None else []
-        self.rows = [*(self.rows[at] for at in keep), *rows]
-        self.lengths = [*(self.lengths[at] for at in keep), *lengths]
+        old = cached(self.cache)
+        self.rows = [*(self.rows[at] for at in keep), *(one.row for one in joining)]
+        self.lengths = [*(self.lengths[at] for at in keep), *(one.length for one in joining)]
         if not self.rows:
             return
-        width = max(self.lengths)
+        self.width = width = max(self.lengths)
+        room = _room(width)
         layers = []
-        for number, sample in enumerate(parts[0] if parts else old):
+        for number, sample in enumerate(joining[0].part if joining else old):
             layer = RoomyLayer(
-                *(kv.new_zeros(len(self.rows), kv.shape[-3], width + ROOM, kv.shape[-1]) for kv in sample)
+                *(kv.new_zeros(len(self.rows), kv.shape[-3], width + room, kv.shape[-1]) for kv in sample)
             )
             layer.use(width)
             for which, target in enumerate((layer.keys, layer.values)):
@@ -156,26 +202,28 @@ class Slots:
                     kept = old[number][which]
                     columns = min(width, kept.shape[2])
                     target[: len(keep), :, width - columns :] = kept[keep, :, kept.shape[2] - columns :]
-                for at, (part, length) in enumerate(zip(parts, lengths, strict=True), len(keep)):
-                    target[at, :, width - length :] = part[number][which][:, :length]
+                for at, one in enumerate(joining, len(keep)):
+                    target[at, :, width - one.length :] = one.part[number][which][:, : one.length]
             layers.append(layer)
         self.cache = Cache(layers=layers)
-        device = self.model.device
-        starts_B1 = width - torch.tensor(self.lengths, device=device)[:, None]
-        self.mask_BT = (torch.arange(width, device=device) >= starts_B1).long()
+        starts_B1 = width - torch.tensor(self.lengths, device=self._device)[:, None]
+        self.mask_BT = torch.arange(width + room, device=self._device) >= starts_B1
 
     def step(self) -> Tensor:
         """Logits [B, V], float32, of the token after each row's newest one."""
-        device = self.model.device
-        ids_B1 = torch.tensor([[row.new[-1]] for row in self.rows], device=device)
-        # A finished row rides along until the next repacking; its position must stay inside the model's.
+        if self.width == self.mask_BT.shape[1]:
+            self.repack()
+        # A finished row rides along until its slot is taken; its position must stay inside the model's.
         at = [0 if row.done else length for row, length in zip(self.rows, self.lengths, strict=True)]
-        positions_B1 = torch.tensor(at, device=device)[:, None]
-        self.mask_BT = torch.nn.functional.pad(self.mask_BT, (0, 1), value=1)
-        padded = len(set(self.lengths)) > 1
+        ids_B1, positions_B1 = torch.tensor([[row.new[-1] for row in self.rows], at], device=self._device)[:, :, None]
+        self.width += 1
+        mask_BT: Tensor | None = None
+        if any(length + 1 < self.width for length in at if length):
+            mask_BT = self.mask_BT[:, : self.width]
+            mask_BT = mask_BT[:, None, None] if self._final_mask else mask_BT.long()
         out = self.model(
             input_ids=ids_B1,
-            attention_mask=self.mask_BT if padded else None,
+            attention_mask=mask_BT,
             position_ids=positions_B1,
             past_key_values=self.cache,
             use_cache=True,
@@ -195,42 +243,56 @@ def decode(
     slots: int,
     budget: int,
 ) -> None:
-    """Write `new` of all rows. Up to `slots` decode together; freed slots are filled from the longest prompts on.
+    """Write `new` of all rows. Up to `slots` decode together; a free slot is filled at once, the longest prompts first.
 
     `budget` bounds the padded tokens of one prefill.
     """
-    shared = prefix[0][0].shape[2] if prefix else 0
-    waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
+    waiting = deque(sorted(rows, key=lambda row: (-len(row.prompt), row.prompt)))
+    ready: deque[Joining] = deque()
     pool = Slots(model)
 
     def take(logits_BV: Tensor, taking: Sequence[Row]) -> None:
-        noise = [float(row.noise[len(row.new)]) if row.noise is not None and not row.done else 0.0 for row in taking]
+        noise = [row.noise[len(row.new)] if row.noise and not row.done else 0.0 for row in taking]
         for row, token in zip(taking, choose(logits_BV, sampling, noise), strict=True):
             if not row.done:
                 row.new.append(token)
                 row.done = ended(row)
 
-    while waiting or pool.live():
+    while waiting or ready or pool.live():
         free = slots - pool.live()
-        # Repacking copies the whole cache: it waits until a quarter of the slots is idle.
-        if (waiting and free * 4 >= slots) or (len(pool.rows) - pool.live()) * 4 >= len(pool.rows):
-            coming = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-            parts: dict[int, KV] = {}
-            for batch in batches([len(row.prompt) for row in coming], slots, budget):
-                prompts = [coming[at].prompt for at in batch]
-                logits, cache = prefill(model, prompts, [[len(prompt) - 1] for prompt in prompts], prefix)
-                take(torch.cat(logits), [coming[at] for at in batch])
-                kv = cached(cache)
-                for place, at in enumerate(batch):
-                    parts[at] = [(keys[place], values[place]) for keys, values in kv]
-            joining = [at for at, row in enumerate(coming) if not row.done]
-            pool.repack(
-                [coming[at] for at in joining],
-                [shared + len(coming[at].prompt) for at in joining],
-                [parts[at] for at in joining],
-            )
+        while waiting and len(ready) < free:
+            # As many as one pass has room for: a pass for each row that finds a free slot would be a pass a row.
+            count = max(free - len(ready), min(slots, budget // len(waiting[0].prompt)))
+            # Candidates of one document have one prompt, which is run once.
+            coming: dict[tuple[int, ...], list[Row]] = {}
+            while waiting and (count > 0 or tuple(waiting[0].prompt) in coming):
+                row = waiting.popleft()
+                coming.setdefault(tuple(row.prompt), []).append(row)
+                count -= 1
+            for logits_BV, joining in _prefilled(model, coming, prefix, slots, budget):
+                take(logits_BV, [one.row for one in joining])
+                ready.extend(one for one in joining if not one.row.done)
+        pool.fill(ready, slots)
         if pool.live():
             take(pool.step(), pool.rows)
+
+
+def _prefilled(
+    model: PreTrainedModel, rows: Mapping[tuple[int, ...], Sequence[Row]], prefix: KV | None, slots: int, budget: int
+) -> Iterator[tuple[Tensor, list[Joining]]]:
+    """The rows of each prompt, batch by batch, with the logits [B, V], float32, of their first tokens."""
+    prompts = list(rows)
+    shared = prefix[0][0].shape[2] if prefix else 0
+    for batch in batches([len(prompt) for prompt in prompts], slots, budget):
+        some = [prompts[at] for at in batch]
+        logits, cache = prefill(model, some, [[len(prompt) - 1] for prompt in some], prefix)
+        kv = cached(cache)
+        joining, places = [], []
+        for place, prompt in enumerate(some):
+            part = [(keys[place], values[place]) for keys, values in kv]
+            joining += [Joining(row, shared + len(prompt), part) for row in rows[prompt]]
+            places += [place] * len(rows[prompt])
+        yield torch.cat(logits)[places].float(), joining
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, noise: Sequence[float]) -> list[int]:

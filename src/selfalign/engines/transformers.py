@@ -2,9 +2,9 @@
 
 import gc
 import sys
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,7 @@ from selfalign.engines.adapters import check_adapter, refuse_adapter
 from selfalign.engines.chat import Chat, before_first, common_prefix
 from selfalign.engines.config import ModelConfig
 from selfalign.engines.loading import load_model, load_tokenizer
+from selfalign.engines.passes import SHORTEST_PREFIX, Reading, groups, readings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
     from selfalign.engines.decoding import KV, Row
 
-SHORTEST_PREFIX = 32
-"""Tokens below which a shared prefix is not worth a forward pass of its own."""
-
 KEPT_PREFIXES = 4
 
 PREFILL_TOKENS = {"cpu": 256, "cuda": 16_384}
 """Padded tokens of one forward pass: a CPU gains nothing from more, and pays for padding."""
+
+PASS_TOKENS = {"cpu": 32, "cuda": 512}
+"""What one more forward pass costs, in tokens: on a GPU a small one takes as long as reading all weights."""
 
 
 class TransformersEngine:
@@ -62,7 +63,8 @@ class TransformersEngine:
         from selfalign.engines.decoding import Row, decode
 
         model = self._with(adapter)
-        prompts = self._chat.encode([self._chat.prompt(request.messages) for request in requests])
+        encoded = self._chat.encode_alike([[self._chat.prompt(request.messages)] for request in requests])
+        prompts = [prompt.ids for (prompt,) in encoded]
         fitting = [at for at, prompt in enumerate(prompts) if len(prompt) + sampling.max_new_tokens <= self._limit]
         stops = (*sampling.stop, *self._chat.stop_texts)
         replies = [Reply("", 0, "too_long") for _ in requests]
@@ -82,35 +84,61 @@ class TransformersEngine:
         """For each request, one Score for each of its continuations; None where the prompt left no room.
 
         After a user's message a continuation is the start of the assistant's turn, rendered as training renders
-        it. The stop token counts only where the text of a continuation holds it.
+        it. See `core.protocols.Scorer`.
         """
         import torch
 
-        from selfalign.engines.decoding import batches, prefill
-
         model = self._with(adapter)
         scores: list[list[Score] | None] = []
-        jobs: list[_Reading] = []
-        for number, (request, ways) in enumerate(zip(requests, continuations, strict=True)):
-            context, tails = self._tails(request, ways)
+        jobs: list[Reading] = []
+        for number, (context, tails) in enumerate(self._tails(requests, continuations)):
             if len(context) + max(map(len, tails), default=0) > self._limit:
                 scores.append(None)
                 continue
             scores.append([Score(0.0, len(tail)) for tail in tails])
-            jobs += _readings(number, context, tails)
+            jobs += readings(number, context, tails)
             self.tokens += len(context) + sum(map(len, tails))
         with torch.inference_mode():
-            prefix, shared = self._prefix(model, adapter, [job.context for job in jobs])
-            tokens = [job.tokens[shared:] for job in jobs]
-            for batch in batches([len(row) for row in tokens], self._config.slots, self._budget):
-                wanted = [jobs[at].positions(shared) for at in batch]
-                logits, _ = prefill(model, [tokens[at] for at in batch], wanted, prefix)
-                for at, logits_LV in zip(batch, logits, strict=True):
-                    for way, score in jobs[at].read(logits_LV):
-                        row = scores[jobs[at].request]
-                        assert row is not None
-                        row[way] = score
+            for job, logits_LV in self._passes(model, adapter, jobs):
+                for way, score in job.read(logits_LV):
+                    row = scores[job.request]
+                    assert row is not None
+                    row[way] = score
         return scores
+
+    def _passes(
+        self, model: "PreTrainedModel", adapter: Path | None, jobs: Sequence[Reading]
+    ) -> "Iterator[tuple[Reading, Tensor]]":
+        """Each of `jobs` with the logits at its positions. What some of them begin with is run once for all of these.
+
+        First what all begin with, then what candidates of one document do.
+        """
+        from selfalign.engines.decoding import batches, cached, prefill
+
+        prefix, shared = self._prefix(model, adapter, [job.context for job in jobs])
+        alone, alike = groups([job.context[shared:-1] for job in jobs], PASS_TOKENS[model.device.type])
+        yield from self._run(model, [jobs[at] for at in alone], prefix, shared)
+        for batch in batches([common for common, _ in alike], self._config.slots, self._budget):
+            heads = [jobs[alike[at][1][0]].tokens[shared : shared + alike[at][0]] for at in batch]
+            _, cache = prefill(model, heads, [[len(head) - 1] for head in heads], prefix)
+            for place, at in enumerate(batch):
+                common, members = alike[at]
+                ends = shared + common
+                one = slice(place, place + 1)
+                start = [(keys[one, :, :ends], values[one, :, :ends]) for keys, values in cached(cache)]
+                yield from self._run(model, [jobs[member] for member in members], start, ends)
+
+    def _run(
+        self, model: "PreTrainedModel", jobs: Sequence[Reading], prefix: "KV | None", shared: int
+    ) -> "Iterator[tuple[Reading, Tensor]]":
+        """Each of `jobs` with the logits at its positions; their first `shared` tokens are in `prefix`."""
+        from selfalign.engines.decoding import batches, prefill
+
+        for batch in batches([len(job.tokens) - shared for job in jobs], self._config.slots, self._budget):
+            some = [jobs[at] for at in batch]
+            wanted = [job.positions(shared) for job in some]
+            logits, _ = prefill(model, [job.tokens[shared:] for job in some], wanted, prefix)
+            yield from zip(some, logits, strict=True)
 
     def close(self) -> None:
         """Free the model's memory. The engine cannot be used afterwards."""
@@ -124,8 +152,10 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
     def _ended(self, limit: int, stops: Sequence[str]) -> "Callable[[Row], bool]":
+        stopped = self._chat.stopper(stops)
+
         def ended(row: "Row") -> bool:
-            return row.new[-1] in self._stop_ids or len(row.new) >= limit or self._chat.stopped(row.new, stops)
+            return row.new[-1] in self._stop_ids or len(row.new) >= limit or stopped(row.new)
 
         return ended
 
@@ -138,34 +168,39 @@ class TransformersEngine:
         finish: Literal["stop", "length"] = "stop" if stopped or text != whole else "length"
         return Reply(text if opened else text.lstrip(), len(row.new), finish)
 
-    def _tails(self, request: Request, ways: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """The tokens that all continuations of a request share, and what each of them adds."""
-        texts = [self._chat.prompt(request.messages, way) for way in ways]
-        if not texts:
-            return [], []
-        if len(ways) == 1:
-            *joints, prompt = self._chat.encode_variants([*texts, self._chat.prompt(request.messages)])
-            shared = common_prefix([*joints, prompt])
-        else:
-            joints = self._chat.encode_variants(texts)
-            # Where one continuation is the start of another, it keeps a token of its own to be scored by.
-            shared = min(common_prefix(joints), min(map(len, joints)) - 1)
-        if not shared:
-            raise MismatchError(
-                f"{request.id}: nothing stands before the continuation to score; use a chat template that opens "
-                "the assistant's turn"
-            )
-        return joints[0][:shared], [joint[shared:] for joint in joints]
+    def _tails(
+        self, requests: Sequence[Request], continuations: Sequence[Sequence[str]]
+    ) -> "Iterator[tuple[list[int], list[list[int]]]]":
+        """The tokens of each request that all its continuations leave as they are, and what each of them adds."""
+        texts = [
+            [self._chat.prompt(request.messages, way) for way in ways]
+            for request, ways in zip(requests, continuations, strict=True)
+        ]
+        for request, ways, joints in zip(requests, texts, self._chat.encode_alike(texts), strict=True):
+            if not joints:
+                yield [], []
+                continue
+            known = common_prefix([*ways, self._chat.prompt(request.messages)])
+            shared = min(common_prefix([joint.ids for joint in joints]), *(bisect_right(j.ends, known) for j in joints))
+            if not shared:
+                raise MismatchError(
+                    f"{request.id}: nothing stands before the continuation to score; use a chat template that opens "
+                    "the assistant's turn"
+                )
+            yield joints[0].ids[:shared], [joint.ids[shared:] for joint in joints]
 
     def _prefix(
         self, model: "PreTrainedModel", adapter: Path | None, contexts: Sequence[list[int]]
     ) -> tuple["KV | None", int]:
-        """Keys and values of the tokens that all `contexts` start with, and their number; each keeps one token."""
+        """Keys and values of tokens that all `contexts` start with, and their number; each keeps one token."""
         from selfalign.engines.decoding import cached, prefill
 
         shared = min(common_prefix(contexts), min(map(len, contexts)) - 1) if len(contexts) > 1 else 0
         if shared < SHORTEST_PREFIX:
             return None, 0
+        # Some words more are the same only in this call: the prompt's own lines are so in the next one too.
+        lines = (at for at in range(shared, SHORTEST_PREFIX - 1, -1) if self._chat.ends_line(contexts[0][at - 1]))
+        shared = next(lines, shared)
         tokens = contexts[0][:shared]
         # Exactly these tokens: a slice of a longer prefix has other last bits, and a result would tell what ran before.
         key = (None if adapter is None else str(adapter.resolve()), tuple(tokens))
@@ -205,42 +240,16 @@ class TransformersEngine:
         return name
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """One forward pass and what to read from it: each of `tails` begins after the last token of `context`."""
-
-    request: int
-    context: list[int]
-    tokens: list[int]
-    tails: list[tuple[int, list[int]]]
-
-    def positions(self, shared: int) -> list[int]:
-        """Where the logits of the tails stand, counted from token `shared` on."""
-        return list(range(len(self.context) - 1 - shared, len(self.tokens) - shared))
-
-    def read(self, logits_LV: "Tensor") -> list[tuple[int, Score]]:
-        """Each tail's number and Score from the logits at `positions`."""
-        logs_LV = logits_LV.log_softmax(-1)
-        return [
-            (way, Score(float(logs_LV[range(len(tail)), tail].double().sum()), len(tail))) for way, tail in self.tails
-        ]
-
-
-def _readings(request: int, context: list[int], tails: Sequence[list[int]]) -> list[_Reading]:
-    """One pass for tails of one token each, which are all read at its end; else one for each tail."""
-    numbered = [(way, tail) for way, tail in enumerate(tails) if tail]
-    if all(len(tail) == 1 for tail in tails):
-        return [_Reading(request, context, context, numbered)] if numbered else []
-    return [_Reading(request, context, context + tail[:-1], [(way, tail)]) for way, tail in numbered]
-
-
-def _noise(seed: int, sampling: Sampling) -> "Tensor | None":
+def _noise(seed: int, sampling: Sampling) -> list[float] | None:
     """One number in [0, 1) for each token a row may get, from the row's seed alone."""
     import torch
 
     if sampling.temperature == 0:
         return None
-    return torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed % 2**63))
+    noise: list[float] = torch.rand(
+        sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed % 2**63)
+    ).tolist()
+    return noise
 
 
 def _positions(path: str, model: "PreTrainedModel") -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import JsonValue
+from rapidfuzz.distance import LCSseq
 
 from selfalign.text.overlap import UNSPACED, folded
 
@@ -25,6 +27,10 @@ class Interval:
     low: float
     high: float
 
+    def rounded(self) -> list[JsonValue] | None:
+        """`[low, high]` to four digits, as metrics hold it. None without an end: JSON has no infinity."""
+        return [round(self.low, 4), round(self.high, 4)] if math.isfinite(self.high - self.low) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -42,9 +48,8 @@ def auc(positives: Sequence[float], negatives: Sequence[float]) -> float:
     where a side is empty or holds NaN.
     """
     above, below = _floats(positives), _floats(negatives)
-    _, where, counts = np.unique(np.concatenate([above, below]), return_inverse=True, return_counts=True)
-    ranks = np.cumsum(counts) - (counts - 1) / 2
-    wins = ranks[where[: above.size]].sum() - above.size * (above.size + 1) / 2
+    ranks = _average_ranks(np.concatenate([above, below]))
+    wins = ranks[: above.size].sum() - above.size * (above.size + 1) / 2
     return float(wins / (above.size * below.size))
 
 
@@ -99,10 +104,60 @@ def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0) -> 
 
     (Koehn, Statistical Significance Tests for Machine Translation Evaluation, EMNLP 2004.)
     """
-    if len(a) != len(b):
-        raise ValueError(f"pairs need two sequences of one length, not {len(a)} and {len(b)}")
+    _refuse_unpaired(a, b)
     differences = _floats(a) - _floats(b)
     return Difference(float(differences.mean()), mean_interval(differences.tolist(), seed), differences.size)
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Rank correlation of pairs, -1.0..1.0: Pearson's of the average ranks (Spearman, Am. J. Psychol. 15, 1904).
+
+    None where a side has one value throughout, and so no order. Raises ValueError for two sequences of different
+    lengths, for none, and for NaN.
+    """
+    _refuse_unpaired(a, b)
+    middle = (len(a) + 1) / 2
+    first, second = _average_ranks(_floats(a)) - middle, _average_ranks(_floats(b)) - middle
+    spread = float(first @ first) * float(second @ second)
+    return float(first @ second) / math.sqrt(spread) if spread else None
+
+
+def spearman_interval(rho: float, n: int) -> Interval:
+    """95% interval of `spearman` over `n` pairs: Bonett and Wright, Psychometrika 65:23-28, 2000.
+
+    Fisher's transformation with the variance (1 + rho² / 2) / (n - 3). It has no value at ±1, so the inner bound is
+    taken from at most 1 - 12 / (n³ - n), the correlation of an order with one neighbouring pair swapped: a perfect
+    one keeps a width. Up to three pairs say nothing: -1..1. Raises ValueError for a `rho` that is no correlation.
+    """
+    if not -1 <= rho <= 1:
+        raise ValueError(f"{rho} is no correlation")
+    if n <= 3:
+        return Interval(-1.0, 1.0)
+    size = abs(rho)
+
+    def bound(correlation: float, side: float) -> float:
+        return math.tanh(math.atanh(correlation) + side * Z95 * math.sqrt((1 + correlation**2 / 2) / (n - 3)))
+
+    near = bound(min(size, 1 - 12 / (n**3 - n)), -1.0)
+    far = 1.0 if size == 1 else bound(size, 1.0)
+    return Interval(near, far) if rho >= 0 else Interval(-far, -near)
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """ROUGE-L of a text against its reference, 0.0..1.0: the F-measure of their longest common subsequence of words.
+
+    (Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004, with precision and recall weighed alike.) To
+    the last digit what the package rouge_score calls rougeL, without stemming. A word is a run of a-z and 0-9 in the
+    lower-cased text, so this is for English: a text in another script has no words, and 0.0 against anything.
+    """
+    numbers: dict[str, int] = {}
+    # Numbers, because words would be compared by their hashes.
+    own, other = ([numbers.setdefault(word, len(numbers)) for word in _rouge_words(each)] for each in (text, reference))
+    common = LCSseq.similarity(own, other)
+    if not common:
+        return 0.0
+    precision, recall = common / len(own), common / len(other)
+    return 2 * precision * recall / (precision + recall)
 
 
 def exact_match(reply: str, answers: Sequence[str]) -> bool:
@@ -132,6 +187,18 @@ def _floats(values: Sequence[float]) -> Floats:
     return array
 
 
+def _refuse_unpaired(a: Sequence[float], b: Sequence[float]) -> None:
+    if len(a) != len(b):
+        raise ValueError(f"pairs need two sequences of one length, not {len(a)} and {len(b)}")
+
+
+def _average_ranks(values: Floats) -> Floats:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[where]
+    return ranks
+
+
 def _root(distance: Callable[[float], float], outer: float, inner: float) -> float:
     """Where `distance` changes sign between `outer` (positive) and `inner` (not positive), by bisection."""
     if distance(outer) <= 0:
@@ -151,6 +218,10 @@ def _resampled_means(sample: Floats, seed: int) -> Floats:
         for done in range(0, RESAMPLES, rows)
     ]
     return np.concatenate(means)
+
+
+def _rouge_words(text: str) -> list[str]:
+    return re.findall("[a-z0-9]+", text.lower())
 
 
 _QUOTES = "\"'`*“”‘’«»„「」"

@@ -12,10 +12,15 @@ from selfalign.pipelines.externals import Externals
 from selfalign.recipe import Loaded, Recipe
 from selfalign.stages.augment import Filter, Generate
 from selfalign.stages.compose import ComposeBackward, ComposeForward
+from selfalign.stages.curate.agree import Agree
 from selfalign.stages.curate.calibrate import Calibrate
-from selfalign.stages.curate.rate import Rate
+from selfalign.stages.curate.config import RaterConfig
+from selfalign.stages.curate.inject import Inject
+from selfalign.stages.curate.plant import PlantPairs
+from selfalign.stages.curate.rate import Rate, Rater
 from selfalign.stages.curate.select import KeepAll, Select
 from selfalign.stages.evaluate import Direction, Evaluate, read_questions
+from selfalign.stages.judge import Judge, JudgeConfig
 from selfalign.stages.prepare.filter import EVALUATION, FilterCorpus, FilterSeed
 from selfalign.stages.prepare.pick import PickCorpus, PickSeed
 from selfalign.stages.prepare.read import ReadCorpus, ReadSeed
@@ -119,7 +124,8 @@ class _Arm:
     def unroll(self) -> None:
         """All steps, in the order in which people read them."""
         recipe = self.recipe
-        needs_m0 = recipe.curate.rater.model == "previous" and recipe.curate.keep == "rated"
+        raters = [recipe.curate.rater, *([recipe.curate.agreement.against.rater] if recipe.curate.agreement else [])]
+        needs_m0 = recipe.curate.keep == "rated" and any(rater.model == "previous" for rater in raters)
         if needs_m0 and not recipe.forward.include_seed:
             raise RecipeError("curate.rater.model=previous needs M0, and forward.include_seed=false leaves it no row")
         self.seed, self.corpus = self.prepare()
@@ -133,6 +139,7 @@ class _Arm:
         if needs_m0:
             model = self.train_forward(0, None)
             before = self.evaluate("evaluate.forward@0", model, "forward", {"base": self.measured_base})
+            self.judge(0, before)
         for k in range(1, recipe.rounds + 1):
             model, before = self.round(k, model, before)
 
@@ -142,13 +149,19 @@ class _Arm:
         files = self.externals.source(seed, "prepare.seed")
         read = self.add("prepare.read_seed", ReadSeed(seed), {"rows": files})
         against = self._evaluation_sets(seed, "prepare.seed")
-        filtered = self.add("prepare.filter_seed", FilterSeed(seed), {"rows": read, **against})
+        pairs = FilterSeed(seed, self.base.config)
+        filtered = self.add("prepare.filter_seed", pairs, {"rows": read, **against, **self._tokenizer(seed)})
         seed_step = self.add("prepare.pick_seed", PickSeed(config=seed), {"rows": filtered})
         files = self.externals.source(corpus, "prepare.corpus")
         read = self.add("prepare.read_corpus", ReadCorpus(corpus), {"rows": files})
         against = self._evaluation_sets(corpus, "prepare.corpus")
-        filtered = self.add("prepare.filter_corpus", FilterCorpus(corpus), {"rows": read, **against})
+        documents = FilterCorpus(corpus, self.base.config)
+        filtered = self.add("prepare.filter_corpus", documents, {"rows": read, **against, **self._tokenizer(corpus)})
         return seed_step, self.add("prepare.pick_corpus", PickCorpus(config=corpus), {"rows": filtered})
+
+    def _tokenizer(self, source: SourceConfig) -> Mapping[str, Source]:
+        """The base, where a source's rows are measured in its tokens; elsewhere no identity counts it."""
+        return {} if source.max_tokens is None else self.base.inputs
 
     def _evaluation_sets(self, source: SourceConfig, setting: str) -> dict[str, Source]:
         """The evaluation sets that a source must share nothing with, by role."""
@@ -173,30 +186,49 @@ class _Arm:
             inputs = {"rows": self.filtered, **self.match("curate.select", recipe.curate.match_size, k)}
             selected = self.add(f"curate.select@{k}", KeepAll(), inputs, after)
         else:
-            rater = self.rater(previous)
-            calibrate = Calibrate(recipe.curate, rater.config)
-            gate = self.add(f"curate.calibrate@{k}", calibrate, {"seed": self.seed, **rater.inputs}, after)
-            rate = Rate(recipe.curate, rater.config)
-            rated = self.add(f"curate.rate@{k}", rate, {"rows": self.filtered, **rater.inputs}, (gate,))
-            inputs = {"rows": rated, **self.match("curate.select", recipe.curate.match_size, k)}
-            selected = self.add(f"curate.select@{k}", Select(config=recipe.curate), inputs)
+            selected = self.curate(k, previous, after)
         model = self.train_forward(k, selected)
         links: dict[str, Source] = {"base": self.measured_base}
         if before is not None and recipe.evaluate.min_gain is not None:
             links["before"] = before
-        return model, self.evaluate(f"evaluate.forward@{k}", model, "forward", links)
+        now = self.evaluate(f"evaluate.forward@{k}", model, "forward", links)
+        self.judge(k, now)
+        return model, now
 
-    def rater(self, previous: _Model) -> _Model:
+    def curate(self, k: int, previous: _Model, after: tuple[Step, ...]) -> Step:
+        """Test and fit the rater on planted pairs, rate the candidates, and keep the good ones."""
+        config = self.recipe.curate
+        model = self.rater(config.rater, previous)
+        rater = Rater(config, model.config, self.recipe.augment.prompt())
+        planted = self.add("curate.plant", PlantPairs(config=config), {"rows": self.seed})
+        tested = {"rows": planted, **model.inputs}
+        gate = self.add(f"curate.calibrate@{k}", Calibrate(config, rater), tested, after)
+        rated = self.add(f"curate.rate@{k}", Rate(rater), {"rows": self.filtered, **model.inputs}, (gate,))
+        if config.injections:
+            self.add(f"curate.inject@{k}", Inject(config, rater), {**tested, "calibration": gate})
+        if config.agreement is not None:
+            other = self.rater(config.agreement.against.rater, previous)
+            second = Rater(config.agreement.against, other.config, self.recipe.augment.prompt())
+            inputs = {"rows": rated, "calibration": gate, **other.inputs}
+            self.add(f"curate.agree@{k}", Agree(config, config.agreement, second), inputs)
+        select = Select(config=config)
+        inputs = {"rows": rated, **({"calibration": gate} if select.needs_calibration else {})}
+        return self.add(f"curate.select@{k}", select, {**inputs, **self.match("curate.select", config.match_size, k)})
+
+    def rater(self, rater: RaterConfig, previous: _Model) -> _Model:
         """Who rates."""
-        rater = self.recipe.curate.rater
         if rater.model == "previous":
             return previous
         if rater.model == "base":
             return self.base
+        return self.named(rater, "curate.rater.model")
+
+    def named(self, who: RaterConfig | JudgeConfig, setting: str) -> _Model:
+        """A model beside the base, loaded as that is."""
         named = self.recipe.model.model_copy(
-            update={"path": rater.model, "revision": rater.revision, "chat_template": rater.chat_template}
+            update={"path": who.model, "revision": who.revision, "chat_template": who.chat_template}
         )
-        config, external = self.externals.model(named, "curate.rater.model")
+        config, external = self.externals.model(named, setting)
         return _Model(config, {"model": external})
 
     def train_forward(self, k: int, selected: Step | None) -> _Model:
@@ -244,3 +276,14 @@ class _Arm:
         for epoch in model.epochs:
             self.add(f"{verb}_epoch_{epoch}{at}{k}", replace(stage, epoch=epoch), alone)
         return self.add(name, replace(stage, may_stop="before" in links), inputs)
+
+    def judge(self, k: int, now: Step) -> None:
+        """Hold the replies of M_k against the base's, where the recipe names a judge."""
+        config = self.recipe.evaluate.judge
+        if config is None:
+            return
+        if not self.recipe.prepare.seed.held_out:
+            raise RecipeError("evaluate.judge compares replies to held-out pairs, and prepare.seed.held_out=0 has none")
+        model = self.base if config.model == "base" else self.named(config, "evaluate.judge.model")
+        inputs = {"now": now, "base": self.measured_base, **model.inputs}
+        self.add(f"evaluate.judge@{k}", Judge(config, model.config), inputs)

@@ -99,11 +99,13 @@ class Session:
         """Load every tokenizer: a missing model, a gated one or one without a template is told before time is spent."""
         from selfalign.engines.loading import load_tokenizer
 
+        settings = {self.recipe.curate.rater.model: "curate.rater.model"}
+        if (judge := self.recipe.evaluate.judge) is not None:
+            settings[judge.model] = "evaluate.judge.model"
         models: set[ModelConfig] = {model for s in self.steps if (model := getattr(s.stage, "model", None)) is not None}
         for model in sorted(models, key=str):
             if model.engine == "transformers":
-                rates = model.path == self.recipe.curate.rater.model
-                load_tokenizer(model, "curate.rater.model" if rates else "model.path")
+                load_tokenizer(model, settings.get(model.path, "model.path"))
 
 
 def _kept(path: Path) -> dict[str, str]:

@@ -45,6 +45,25 @@ class Words:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """What a verdict is counted in, from `low` to `high`, with the values that are written along it.
+
+    Its 41 bins have both ends and what lies between them at whole 40ths in their middles.
+    """
+
+    name: str
+    low: float
+    high: float
+    ticks: Sequence[float]
+
+    @property
+    def edges(self) -> list[float]:
+        """Of the bins."""
+        step = (self.high - self.low) / 40
+        return [round(self.low + (n - 0.5) * step, 4) for n in range(42)]
+
+
+@dataclass(frozen=True)
 class Level:
     """How many rows are left after a stage.
 
@@ -72,7 +91,8 @@ class Ridge:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95% interval, where it has one. `filled` dots are the ones that matter most."""
+    """A figure with its 95% interval, where it has one. `filled` dots are the ones that matter most; `mark` is another
+    figure to hold it against."""
 
     label: str
     value: str
@@ -80,6 +100,7 @@ class Estimate:
     interval: tuple[float, float] | None
     colour: str = FIRST
     filled: bool = True
+    mark: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,30 +136,23 @@ def waterfall(levels: Sequence[Level], words: Words) -> str:
     return _svg(figure, words)
 
 
-def histogram(
-    below: Sequence[int], above: Sequence[int], edges: Sequence[float], threshold: float | None, words: Words
-) -> str:
+def histogram(below: Sequence[int], above: Sequence[int], scale: Scale, threshold: float | None, words: Words) -> str:
     """Counts by bin, told apart at the threshold by a line and by colour."""
-    height = 196.0
+    height, edges = 196.0, scale.edges
     with _figure(WIDTH, height) as figure:
         axes = _axes(figure, (36, 20, WIDTH - 4, height - 22), height)
         whole = [a + b for a, b in zip(below, above, strict=True)]
         axes.stairs(whole, edges, fill=True, color=FIRST, linewidth=0)
         axes.stairs(below, edges, fill=True, color=MUTED, linewidth=0)
-        axes.set_xlim(edges[0], edges[-1])
+        _span(axes, scale)
         axes.set_ylim(0, max(1, *whole) * 1.04)
-        axes.set_xticks([1, 2, 3, 4, 5])
         axes.yaxis.set_major_locator(_locator(4, integer=True))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.grid(axis="y", color=LINE, linewidth=0.8)
         plain = _plain(figure, WIDTH, height)
         _text(plain, 0, 12, "pairs", MUTED, SMALL)
         if threshold is not None:
-            share = (threshold - edges[0]) / (edges[-1] - edges[0])
-            axes.axvline(threshold, color=INK, linewidth=1.3, dashes=(4, 2))
-            side = "left" if share < 0.2 else "right" if share > 0.8 else "center"
-            at = 36 + share * (WIDTH - 40)
-            _text(plain, at, 12, f"threshold {threshold:g}", INK, SMALL, side)
+            _mark_threshold(axes, plain, threshold, 36)
     return _svg(figure, words)
 
 
@@ -176,9 +190,13 @@ def intervals(
     bounds: tuple[float, float] | None = None,
     percent: bool = False,
     reference: float | None = None,
+    numbered: bool = True,
 ) -> str:
-    """A dot and its 95% whisker a row, over one axis; `reference` is marked on each."""
-    each, foot = 38.0, 22.0
+    """A dot and its 95% whisker a row, over one axis; `reference` is marked on each, or the row's own mark.
+
+    Not `numbered`, the axis has no numbers: rows are measured in different things.
+    """
+    each, foot = 38.0, 22.0 if numbered else 2.0
     height = each * len(rows) + foot
     with _figure(WIDTH, height) as figure:
         axes = _axes(figure, (7, 0, WIDTH - 7, height - foot), height)
@@ -187,14 +205,16 @@ def intervals(
         axes.set_yticks([])
         axes.xaxis.set_major_locator(_locator(5))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if percent else f"{value:g}")
+        if not numbered:
+            axes.set_axis_off()
         base = _plain(figure, WIDTH, height)
         for number, row in enumerate(rows):
             top = each * number
             line = top + 26
             _ends(base, top + 14, row.label, row.value, WIDTH)
             axes.axhline(line, color=LINE, linewidth=1)
-            if reference is not None:
-                axes.plot([reference, reference], [line - 7, line + 7], color=MUTED, linewidth=1.2)
+            if (mark := reference if row.mark is None else row.mark) is not None:
+                axes.plot([mark, mark], [line - 7, line + 7], color=MUTED, linewidth=1.2)
             if row.interval is not None:
                 axes.plot(row.interval, [line, line], color=row.colour, linewidth=2.4, solid_capstyle="butt")
             _dot(axes, row.middle, line, row)
@@ -278,6 +298,70 @@ def by_epoch(points: Sequence[Estimate], words: Words, percent: bool = False) ->
     return _svg(figure, words)
 
 
+def reliability(points: Sequence[tuple[float, float]], scale: Scale, diagonal: bool, words: Words) -> str:
+    """Shares of good pairs by verdict, with the line on which a probability keeps its word where there is a
+    `diagonal`."""
+    height = 220.0
+    with _figure(WIDTH, height) as figure:
+        axes, plain = _shares(figure, scale, height)
+        _text(plain, 0, 12, "good pairs", MUTED, SMALL)
+        if diagonal:
+            axes.plot([scale.low, scale.high], [0, 1], color=MUTED, linewidth=1.2, dashes=(4, 2))
+        axes.plot([x for x, _ in points], [y for _, y in points], color=FIRST, linewidth=1.4)
+        for x, y in points:
+            _dot(axes, x, y, Estimate("", "", x, None))
+    return _svg(figure, words)
+
+
+def by_threshold(
+    lines: Sequence[tuple[str, Sequence[float]]],
+    thresholds: Sequence[float],
+    scale: Scale,
+    threshold: float | None,
+    words: Words,
+) -> str:
+    """Named shares of what is kept from each of `thresholds` on, and the threshold that was chosen."""
+    height, left = 240.0, 0.0
+    with _figure(WIDTH, height) as figure:
+        axes, plain = _shares(figure, scale, height, top=40)
+        for colour, (name, values) in zip((FIRST, SECOND, THIRD), lines, strict=False):
+            # A share holds down to the next lower threshold.
+            axes.plot(thresholds, values, color=colour, linewidth=2, drawstyle="steps-pre")
+            _text(plain, left, 12, name, colour, SMALL)
+            left += (len(name) + 3) * SMALL * ADVANCE
+        if threshold is not None:
+            _mark_threshold(axes, plain, threshold, 42, 32)
+    return _svg(figure, words)
+
+
+def scatter(
+    points: Sequence[tuple[float, float]],
+    scales: tuple[Scale, Scale],
+    thresholds: tuple[float, float],
+    names: tuple[str, str],
+    words: Words,
+) -> str:
+    """Verdicts of two raters on the same pairs, told apart by who keeps them: both, one of them, neither."""
+    height = 300.0
+    with _figure(WIDTH, height) as figure:
+        axes = _axes(figure, (42, 20, WIDTH - 6, height - 38), height)
+        (across, up), (first, second) = scales, thresholds
+        _span(axes, across)
+        axes.set_ylim(up.edges[0], up.edges[-1])
+        axes.set_yticks(up.ticks, [f"{tick:g}" for tick in up.ticks])
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.axvline(first, color=INK, linewidth=1.3, dashes=(4, 2))
+        axes.axhline(second, color=INK, linewidth=1.3, dashes=(4, 2))
+        for colour, keepers in ((MUTED, 0), (SECOND, 1), (FIRST, 2)):
+            found = [(x, y) for x, y in points if (x >= first) + (y >= second) == keepers]
+            x, y = [x for x, _ in found], [y for _, y in found]
+            axes.plot(x, y, linestyle="", marker="o", markersize=5, color=colour, alpha=0.7, markeredgewidth=0)
+        plain = _plain(figure, WIDTH, height)
+        _text(plain, 0, 12, names[1], MUTED, SMALL)
+        _text(plain, WIDTH - 6, height - 6, names[0], MUTED, SMALL, "right")
+    return _svg(figure, words)
+
+
 def is_logarithmic(bounds: tuple[float, float]) -> bool:
     """Whether a curve's axis over `bounds` is."""
     low, high = bounds
@@ -318,6 +402,32 @@ def _plain(figure: "Figure", width: float, height: float) -> "Axes":
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     return axes
+
+
+def _span(axes: "Axes", scale: Scale) -> None:
+    """A scale as the axis across."""
+    axes.set_xlim(scale.edges[0], scale.edges[-1])
+    axes.set_xticks(scale.ticks, [f"{tick:g}" for tick in scale.ticks])
+
+
+def _shares(figure: "Figure", scale: Scale, height: float, top: float = 20) -> tuple["Axes", "Axes"]:
+    """Axes for shares, 0 to 100%, by a verdict, and the plain ones over the whole figure."""
+    axes = _axes(figure, (42, top, WIDTH - 4, height - 22), height)
+    _span(axes, scale)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
+    return axes, _plain(figure, WIDTH, height)
+
+
+def _mark_threshold(axes: "Axes", plain: "Axes", threshold: float, left: float, y: float = 12) -> None:
+    """A line at the threshold, named above axes that begin at `left`."""
+    low, high = axes.get_xlim()
+    share = (threshold - low) / (high - low)
+    axes.axvline(threshold, color=INK, linewidth=1.3, dashes=(4, 2))
+    side = "left" if share < 0.2 else "right" if share > 0.8 else "center"
+    _text(plain, left + share * (WIDTH - 4 - left), y, f"threshold {threshold:.4g}", INK, SMALL, side)
 
 
 def _bar(axes: "Axes", top: float, height: float, start: float, end: float, colour: str) -> None:

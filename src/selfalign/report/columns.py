@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 BATCH_ROWS = 4_096
 
 
-def batches(step: StepView, columns: Sequence[str], size: int = BATCH_ROWS) -> Iterator["pa.RecordBatch"]:
-    """Its kept rows, at most `size` at a time, with `id` and those of `columns` that its table has."""
+def batches(
+    step: StepView, columns: Sequence[str], size: int = BATCH_ROWS, dropped: bool = False
+) -> Iterator["pa.RecordBatch"]:
+    """Its kept rows, with `dropped` the others too, at most `size` at a time, with `id` and those of `columns` that its
+    table has."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -25,7 +28,7 @@ def batches(step: StepView, columns: Sequence[str], size: int = BATCH_ROWS) -> I
             wanted = dict.fromkeys(["id", "outcome", *columns])
             names = [name for name in wanted if name in file.schema_arrow.names]
             for batch in file.iter_batches(size, columns=names):
-                yield batch.filter(pc.equal(batch.column("outcome"), pa.scalar("kept")))
+                yield batch if dropped else batch.filter(pc.equal(batch.column("outcome"), pa.scalar("kept")))
 
 
 def rows_by_id(step: StepView, ids: Sequence[str], columns: Sequence[str]) -> dict[str, dict[str, Any]]:

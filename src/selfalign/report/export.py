@@ -228,7 +228,7 @@ def _typed_first(rows: Callable[[], Iterator[Row]], columns: Iterable[str]) -> I
     """
     wanted, first = set(columns), dict[int, Row]()
     for place, row in enumerate(rows()):
-        shown = {name for name in wanted if row[name] not in (None, [])}
+        shown = {name for name in wanted if _typed(row[name])}
         if shown:
             first[place] = row
             wanted -= shown
@@ -236,6 +236,13 @@ def _typed_first(rows: Callable[[], Iterator[Row]], columns: Iterable[str]) -> I
             break
     yield from first.values()
     yield from (row for place, row in enumerate(rows()) if place not in first)
+
+
+def _typed(value: JsonValue) -> bool:
+    """Whether a cell shows its column's type, down to the fields of what it lists."""
+    if isinstance(value, list):
+        return any(map(_typed, value))
+    return all(map(_typed, value.values())) if isinstance(value, dict) else value is not None
 
 
 # Files

@@ -7,7 +7,7 @@ gives what it has. A step that a gate failed counts: what it measured is why.
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -16,30 +16,28 @@ from pydantic import JsonValue
 
 from selfalign.core.errors import StorageError
 from selfalign.core.store import Manifest
-from selfalign.evaluation.metrics import auc, auc_interval
-from selfalign.report.charts import Level
+from selfalign.report.charts import Level, Scale
 from selfalign.report.columns import batches, rows_by_id
 from selfalign.report.logs import TrainingLog, read_log
 from selfalign.report.run import RunView, StepView
-from selfalign.report.show import extremes, generated, last_rated, replies
+from selfalign.report.show import extremes, generated, replies, signals_of, told_signals
 from selfalign.report.status import measurements
-from selfalign.stages.curate.select import UNRATED
+from selfalign.stages.curate.verdict import UNRATED
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     from numpy.typing import NDArray
 
-# Tenths in the middle of their bins, so that whole ratings stand at their numbers.
-BINS = 41
-RATING_EDGES = [round(0.95 + 0.1 * n, 2) for n in range(BINS + 1)]
+RATINGS = Scale("rating", 1, 5, (1, 2, 3, 4, 5))
+PROBABILITIES = Scale("probability", 0, 1, (0, 0.25, 0.5, 0.75, 1))
 LENGTH_BINS = 40
 KINDS = {"augmented": "curated", "seed": "seed", "rating": "rating replay"}
 
 
 @dataclass(frozen=True)
 class Ratings:
-    """The ratings of a round: counts by bin of RATING_EDGES on both sides of the threshold, and who has none."""
+    """The verdicts of a round: counts by bin of the scale on both sides of the threshold, and who has none."""
 
     step: StepView
     below: Sequence[int]
@@ -48,19 +46,18 @@ class Ratings:
 
     @property
     def n(self) -> int:
-        """Pairs with a rating on the scale."""
+        """Pairs with a verdict."""
         return sum(self.below) + sum(self.above)
 
 
 @dataclass(frozen=True)
 class Planted:
-    """One kind of planted pairs: ratings by bin, and the area under the curve against the seed pairs, if any."""
+    """One kind of planted pairs: how many have a verdict, and those by bin of the scale."""
 
     kind: str
+    good: bool
     n: int
     counts: Sequence[int]
-    auc: float | None = None
-    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,12 +139,11 @@ class Facts:
     def finished(self, name: str, arm: str | None = None) -> StepView | None:
         """The step, if it has a result. One whose gate failed has."""
         step = self.run.step(name, arm)
-        return step if step is not None and is_finished(step) else None
+        return step if step is not None and step.finished else None
 
     def rounds(self, name: str) -> list[tuple[int, StepView]]:
         """The main arm's finished steps `name@k`, by k."""
-        steps = [s for s in self.run.steps if s.name.startswith(f"{name}@") and s.arm is None and is_finished(s)]
-        return sorted(((int(s.name.rpartition("@")[2]), s) for s in steps), key=lambda pair: pair[0])
+        return [(int(step.name.rpartition("@")[2]), step) for step in self.run.rounds(name, failed=True)]
 
     # From documents to training rows
 
@@ -198,36 +194,66 @@ class Facts:
             found.append(Level("Trained on", count(trained, "kept"), dropped=drops(trained)))
         return found
 
-    # Curation
+    # Verdicts
+
+    @cached_property
+    def scale(self) -> Scale:
+        """What verdicts are counted in: ratings, or a calibrated rater's probabilities."""
+        return PROBABILITIES if self.setting("curate", "rater", "kind") == "calibrated" else RATINGS
+
+    def threshold(self, k: int) -> float | None:
+        """From where on round `k` keeps a pair: what its calibration chose, or the recipe's."""
+        step = self.finished(f"curate.calibrate@{k}")
+        chosen = manifest_of(step).metrics.get("threshold") if step else None
+        return float(chosen) if isinstance(chosen, int | float) else self.number("curate", "threshold")
 
     def ratings(self) -> list[Ratings]:
-        """Each round's ratings."""
-        return [self._ratings(step) for _, step in self.rounds("curate.rate")]
+        """Each round's verdicts on the candidates."""
+        if self.scale is PROBABILITIES:
+            # Selection weighs the signals: before it nothing has a probability.
+            return [self._ratings(k, step, self._probabilities(step)) for k, step in self.rounds("curate.select")]
+        return [self._ratings(k, step, self._rated(step)) for k, step in self.rounds("curate.rate")]
 
-    def _ratings(self, step: StepView) -> Ratings:
+    def _ratings(self, k: int, step: StepView, found: "Iterator[tuple[NDArray[np.float64], Counter[str]]]") -> Ratings:
         import numpy as np
 
-        threshold = self.number("curate", "threshold")
-        most = self.number("curate", "max_off_scale")
-        below, above = np.zeros(BINS, int), np.zeros(BINS, int)
+        threshold = self.threshold(k)
+        below, above = np.zeros(len(self.scale.edges) - 1, int), np.zeros(len(self.scale.edges) - 1, int)
         unrated: Counter[str] = Counter()
+        for verdicts, without in found:
+            high = verdicts >= (-math.inf if threshold is None else threshold)
+            below += np.histogram(verdicts[~high], self.scale.edges)[0]
+            above += np.histogram(verdicts[high], self.scale.edges)[0]
+            unrated += without
+        return Ratings(step, below.tolist(), above.tolist(), dict(sorted(unrated.items())))
+
+    def _rated(self, step: StepView) -> "Iterator[tuple[NDArray[np.float64], Counter[str]]]":
+        """Ratings that count, a batch at a time, and the reasons of the others."""
+        import numpy as np
+
+        most = self.number("curate", "max_off_scale")
         for batch in batches(step, ["rating", "unrated", "off_scale"]):
             rating = floats(batch.column("rating"))
             off = floats(batch.column("off_scale"))
-            unrated.update(reason for reason in batch.column("unrated").to_pylist() if reason is not None)
+            unrated = Counter(str(reason) for reason in batch.column("unrated").to_pylist() if reason is not None)
             known = ~np.isnan(rating)
             # Comparisons with NaN are false: what has no such mass is on the scale.
             away = known & (off > (1.0 if most is None else most))
             unrated["off_scale"] += int(away.sum())
-            counted = rating[known & ~away]
-            high = counted >= (-math.inf if threshold is None else threshold)
-            below += np.histogram(counted[~high], RATING_EDGES)[0]
-            above += np.histogram(counted[high], RATING_EDGES)[0]
-        return Ratings(step, below.tolist(), above.tolist(), {k: n for k, n in sorted(unrated.items()) if n})
+            yield rating[known & ~away], unrated
 
-    def calibrations(self) -> list[tuple[StepView, list[Planted]]]:
+    def _probabilities(self, step: StepView) -> "Iterator[tuple[NDArray[np.float64], Counter[str]]]":
+        """Probabilities, a batch at a time, and the reasons of rows that have none."""
+        import numpy as np
+
+        for batch in batches(step, ["probability", "reason"], dropped=True):
+            if "probability" in batch.schema.names:
+                found = floats(batch.column("probability"))
+                yield found[~np.isnan(found)], Counter(r for r in batch.column("reason").to_pylist() if r in UNRATED)
+
+    def calibrations(self) -> list[tuple[int, StepView, list[Planted]]]:
         """Each round's planted pairs: as they were, then each way of spoiling them."""
-        return [(step, _planted(step)) for _, step in self.rounds("curate.calibrate")]
+        return [(k, step, _planted(step, self.scale)) for k, step in self.rounds("curate.calibrate")]
 
     # Texts
 
@@ -280,7 +306,7 @@ class Facts:
 
     def samples(self, n: int) -> Mapping[str, list[Sample]]:
         """The rows that `selfalign show` shows, with where they came from."""
-        last = last_rated(self.run)
+        last = next(reversed(self.run.rounds("curate.rate")), None)
         high, low = extremes(self.run, n, n)
         return {
             "pairs": self._told(generated(self.run, n), None),
@@ -307,15 +333,16 @@ class Facts:
                 ("license", row.get("license") or document.get("license")),
                 ("instruction by", f"{maker.title} ({maker.artifact.name})" if maker else row.get("model")),
                 ("rated by", f"{rated.title} ({rated.artifact.name})" if rated else None),
+                ("signals", told_signals(signals_of(row)) if rated else None),
             ]
             texts = [
                 ("Instruction", row.get("prompt")),
                 ("Response", row.get("completion")),
                 ("Rater", row.get("reply")),
             ]
-            rating = row.get("rating") if rated else None
-            told = ["" if rating is None else f"rating {rating:.2f}", verdicts.get(row["id"], "")]
-            verdict = ", ".join(filter(None, told))
+            known = ((name, row.get(name)) for name in ("probability", "rating")) if rated else ()
+            told = [f"{name} {value:.2f}" for name, value in known if value is not None]
+            verdict = ", ".join(filter(None, [*told, verdicts.get(row["id"], "")]))
             found.append(Sample(row["id"], _said(texts), verdict, _said(lineage)))
         return found
 
@@ -337,11 +364,6 @@ class Facts:
             right = "" if row.get("right") is None else "right" if row["right"] else "wrong"
             found.append(Sample(row["id"], _said(texts), right, _said(lineage)))
         return found
-
-
-def is_finished(step: StepView) -> bool:
-    """Whether it has a result, which its gate may have refused."""
-    return step.manifest is not None and step.state in ("done", "failed")
 
 
 def manifest_of(step: StepView) -> Manifest:
@@ -395,24 +417,20 @@ def _by_source(step: StepView) -> Counter[str]:
     return found
 
 
-def _planted(step: StepView) -> list[Planted]:
+def _planted(step: StepView, scale: Scale) -> list[Planted]:
     import numpy as np
 
-    ratings: dict[str, list[float]] = {"seed": []}
+    verdicts: dict[tuple[str, bool], list[float]] = {("seed", True): []}
     for row in step.lines("planted.jsonl"):
-        values = ratings.setdefault(row["kind"], [])
-        if row["unrated"] is None and row["rating"] is not None:
-            values.append(row["rating"])
-    good = ratings["seed"]
-    found = []
-    for kind, values in ratings.items():
-        binned = np.histogram(values, RATING_EDGES)[0].tolist()
-        if kind == "seed" or not good or not values:
-            found.append(Planted(kind, len(values), binned))
-        else:
-            ends = auc_interval(good, values)
-            found.append(Planted(kind, len(values), binned, auc(good, values), (ends.low, ends.high)))
-    return found
+        values = verdicts.setdefault((row["kind"], row.get("good", row["kind"] == "seed")), [])
+        # Runs of an older version know ratings alone.
+        verdict = row["verdict"] if "verdict" in row else row["rating"]
+        if verdict is not None and row["unrated"] is None:
+            values.append(verdict)
+    return [
+        Planted(kind, good, len(values), np.histogram(values, scale.edges)[0].tolist())
+        for (kind, good), values in verdicts.items()
+    ]
 
 
 def _lengths_in(step: StepView, column: str) -> "NDArray[np.int64]":

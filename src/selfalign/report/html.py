@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from selfalign.core.store import replace
-from selfalign.report import sections
+from selfalign.report import curation, sections
 from selfalign.report.facts import Facts, Measured, Sample, count, manifest_of, read_json
 from selfalign.report.run import RunView
 from selfalign.report.sections import gap_text, percents, reasons, spread, why_missing
@@ -47,7 +47,7 @@ def render(run: RunView) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"folded": folded, "breakable": breakable}
+    environment.filters |= {"folded": folded, "breakable": breakable, "shade": shade}
     facts = Facts(run)
     return environment.get_template("report.html.jinja").render(
         title=str(facts.recipe.get("name") or run.root.resolve().name),
@@ -56,8 +56,10 @@ def render(run: RunView) -> str:
         alerts=[*alerts(run)],
         sections=[
             sections.data(facts),
-            sections.ratings(facts),
-            sections.calibration(facts),
+            curation.ratings(facts),
+            curation.calibration(facts),
+            *curation.injection(facts),
+            *curation.agreement(facts),
             sections.texts(facts),
             training(facts),
             sections.results(facts),
@@ -191,6 +193,19 @@ def breakable(text: str) -> "Markup":
     from markupsafe import Markup, escape
 
     return Markup("_<wbr>").join(escape(part) for part in text.split("_"))
+
+
+def shade(value: float | None) -> "Markup":
+    """The style of a table's cell, coloured by a value from -1 to 1."""
+    from markupsafe import Markup
+
+    if not value:
+        return Markup("")
+    colour = "--first" if value > 0 else "--second"
+    # Up to here, letters keep standing out.
+    return Markup(' style="background: color-mix(in srgb, var({}) {}%, transparent)"').format(
+        colour, round(45 * min(abs(value), 1))
+    )
 
 
 def folded(text: str) -> tuple[str, str, int]:

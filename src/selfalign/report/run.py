@@ -32,6 +32,11 @@ class StepView:
         return self.artifact.manifest()
 
     @property
+    def finished(self) -> bool:
+        """Whether it has a result, which its gate may have refused."""
+        return self.manifest is not None and self.state in ("done", "failed")
+
+    @property
     def title(self) -> str:
         """Name and arm."""
         return self.name if self.arm is None else f"{self.name} [{self.arm}]"
@@ -89,9 +94,10 @@ class RunView:
         """The step of that name, done or not."""
         return next((step for step in self.steps if (step.name, step.arm) == (name, arm)), None)
 
-    def rounds(self, name: str) -> list[StepView]:
-        """The main arm's steps `name@0`, `name@1`, … that are done."""
-        steps = [s for s in self.steps if s.name.startswith(f"{name}@") and s.arm is None and s.state == "done"]
+    def rounds(self, name: str, failed: bool = False) -> list[StepView]:
+        """The main arm's steps `name@0`, `name@1`, … that are done; with `failed` those too whose gate refused them."""
+        steps = [s for s in self.steps if s.name.startswith(f"{name}@") and s.arm is None]
+        steps = [s for s in steps if s.state == "done" or (failed and s.finished)]
         return sorted(steps, key=lambda step: int(step.name.rpartition("@")[2]))
 
     @property

@@ -2,17 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from selfalign.report import charts
 from selfalign.report.charts import Estimate, Level, Ridge, Words
 from selfalign.report.facts import (
-    RATING_EDGES,
     Facts,
     Lengths,
-    Planted,
-    Ratings,
     count,
     counts,
     drops,
@@ -26,22 +22,28 @@ SOURCES = 12
 
 @dataclass(frozen=True)
 class Table:
-    """The numbers behind a chart, or a table of its own. `words` are the columns that hold no numbers."""
+    """The numbers behind a chart, or a table of its own. `words` are the columns that hold no numbers.
+
+    `shades` colour cells, by row and column: from -1 (orange) over 0 or None (none) to 1 (blue).
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Sequence[int] = (0,)
+    shades: Sequence[Sequence[float | None]] = ()
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its caption and its numbers, and small charts `beside` it."""
+    """A chart with its caption and its numbers, and small charts `beside` it. Without a chart, the table is seen at
+    once."""
 
     title: str
     svg: str
     caption: str
     table: Table | None = None
     beside: Sequence[str] = ()
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,105 +97,6 @@ def data(facts: Facts) -> Section:
 
 def _spoken(levels: Sequence[Level]) -> str:
     return "; ".join(f"{level.label}: {level.count:,}" for level in levels)
-
-
-def ratings(facts: Facts) -> Section:
-    """How the rater distributed its ratings."""
-    threshold = facts.number("curate", "threshold")
-    lead = "What the rater gave the candidates, from 1 to 5"
-    lead += "" if threshold is None else f"; from {threshold:g} on a pair is kept"
-    section = Section("ratings", "Ratings", f"{lead}.")
-    figures = [_rating_figure(found, threshold) for found in facts.ratings()]
-    missing = []
-    if facts.setting("curate", "keep") == "all":
-        missing.append("This recipe rates nothing: curate.keep is all.")
-    elif not figures:
-        missing.append(why_missing(facts, f"curate.rate@{facts.round}") or "No pairs were rated.")
-    return replace(section, figures=figures, missing=missing)
-
-
-def _rating_figure(found: Ratings, threshold: float | None) -> Figure:
-    below, above = sum(found.below), sum(found.above)
-    k = found.step.name.rpartition("@")[2]
-    title = f"Round {k}"
-    unrated = ", ".join(f"{n:,} {reason}" for reason, n in found.unrated.items())
-    caption = f"n = {found.n:,} rated; {f'without a usable rating: {unrated}' if unrated else 'none is unrated'}."
-    if threshold is not None:
-        caption = f"{above:,} at or above {threshold:g}, {below:,} below. {caption}"
-    svg = charts.histogram(
-        found.below, found.above, RATING_EDGES, threshold, Words(f"ratings-{k}", f"Ratings, round {k}", caption)
-    )
-    whole = [a + b for a, b in zip(found.below, found.above, strict=True)]
-    middles = [(low + high) / 2 for low, high in pairwise(RATING_EDGES)]
-    rows = [[f"{middle:.1f}", f"{n:,}"] for middle, n in zip(middles, whole, strict=True) if n]
-    return Figure(title, svg, caption, Table(("rating, to the nearest tenth", "pairs"), rows))
-
-
-def calibration(facts: Facts) -> Section:
-    """Whether the rater can be trusted."""
-    section = Section(
-        "calibration",
-        "Calibration: can the rater be trusted?",
-        "Held-out seed pairs as they are, and the same spoilt on purpose. The area under the curve (AUC) is how often "
-        "a seed pair is rated above a spoilt one: 1 is perfect, .5 is chance.",
-    )
-    figures: list[Figure] = []
-    for step, planted in facts.calibrations():
-        figures += _calibration_figures(step, planted)
-    missing = []
-    if facts.setting("curate", "keep") == "all":
-        missing.append("This recipe rates nothing: curate.keep is all.")
-    elif not figures:
-        missing.append(why_missing(facts, f"curate.calibrate@{facts.round}") or "No planted pairs were rated.")
-    return replace(section, figures=figures, missing=missing)
-
-
-_PLANTED = {"seed": "Seed pairs as they are", "swapped": "Another pair's response", "truncated": "Response cut short"}
-
-
-def _calibration_figures(step: StepView, planted: Sequence[Planted]) -> Iterator[Figure]:
-    k = step.name.rpartition("@")[2]
-    if not any(kind.n for kind in planted):
-        return
-    metrics = manifest_of(step).metrics
-    whole, ends = metrics.get("auc"), metrics.get("auc_ci")
-    rows = [
-        Ridge(_called(kind), f"n = {kind.n:,}", kind.counts, charts.FIRST if kind.kind == "seed" else charts.SECOND)
-        for kind in planted
-    ]
-    unrated = metrics.get("unrated")
-    told = ", ".join(f"{n} {reason}" for reason, n in unrated.items()) if isinstance(unrated, dict) else ""
-    caption = f"n = {sum(kind.n for kind in planted):,} rated; {f'unrated: {told}' if told else 'none is unrated'}."
-    ticks = [(float(grade), str(grade)) for grade in range(1, 6)]
-    table = Table(
-        ("planted pairs", "n", "AUC against seed pairs", "95%"),
-        [[kind.kind, f"{kind.n:,}", _figure(kind.auc), _interval(kind.interval)] for kind in planted],
-    )
-    title = f"Round {k}: ratings of planted pairs"
-    yield Figure(title, charts.ridges(rows, RATING_EDGES, ticks, Words(f"planted-{k}", title, caption)), caption, table)
-    kinds = [kind for kind in planted if kind.auc is not None]
-    estimates = [_auc(_called(kind), kind.auc, kind.interval, False) for kind in kinds]
-    if isinstance(whole, float):
-        estimates.insert(0, _auc("All of them", whole, _ends(ends), True))
-    if not estimates:
-        return
-    low = min(estimate.interval[0] if estimate.interval else estimate.middle for estimate in estimates)
-    bounds = (0.5 if low >= 0.5 else 0.0, 1.0)
-    seeds = next((kind.n for kind in planted if kind.kind == "seed"), 0)
-    against = sum(kind.n for kind in kinds)
-    caption = f"{estimates[0].value} in all, with 95% intervals; n = {seeds:,} seed pairs against {against:,} others."
-    title = f"Round {k}: AUC"
-    yield Figure(title, charts.intervals(estimates, Words(f"auc-{k}", title, caption), bounds), caption)
-
-
-def _called(kind: Planted) -> str:
-    return _PLANTED.get(kind.kind, kind.kind)
-
-
-def _auc(label: str, middle: float | None, interval: tuple[float, float] | None, filled: bool) -> Estimate:
-    assert middle is not None
-    ends = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-    return Estimate(label, f"{middle:.3f}{ends}", middle, interval, charts.FIRST, filled)
 
 
 def texts(facts: Facts) -> Section:
@@ -305,7 +208,7 @@ def _match_figure(rows: Rows, title: str, name: str, by: str = "model") -> Itera
     if not found:
         return
     estimates = [
-        Estimate(model, _percent(match), match["share"], _ends(match["ci"]), _colour(model), main)
+        Estimate(model, _percent(match), match["share"], ends_of(match["ci"]), _colour(model), main)
         for model, main, match, _ in found
     ]
     base = next((match["share"] for model, _, match, _ in found if model == "base"), None)
@@ -334,7 +237,7 @@ def _held_out_figure(rows: Rows, title: str, name: str, by: str = "model") -> It
     if not found:
         return
     estimates = [
-        Estimate(model, _nats(loss), loss["nats_per_token"], _ends(loss["ci"]), _colour(model), main)
+        Estimate(model, _nats(loss), loss["nats_per_token"], ends_of(loss["ci"]), _colour(model), main)
         for model, main, loss, _ in found
     ]
     base = next((loss["nats_per_token"] for model, _, loss, _ in found if model == "base"), None)
@@ -347,7 +250,7 @@ def _held_out_figure(rows: Rows, title: str, name: str, by: str = "model") -> It
             model,
             f"{loss['n']:,}",
             f"{loss['nats_per_token']:.3f}",
-            _interval(_ends(loss["ci"])),
+            from_to(ends_of(loss["ci"])),
             _difference(m, "held_out", 1, 3),
         ]
         for model, _, loss, m in found
@@ -368,13 +271,13 @@ def _best(estimate: Estimate) -> str:
 
 
 def _percent(match: Mapping[str, Any]) -> str:
-    ends = _ends(match["ci"])
+    ends = ends_of(match["ci"])
     return f"{match['share']:.1%}" + (f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if ends else "")
 
 
 def _nats(loss: Mapping[str, Any]) -> str:
-    ends = _ends(loss["ci"])
-    return f"{loss['nats_per_token']:.3f}" + (f" ({_interval(ends)})" if ends else "")
+    ends = ends_of(loss["ci"])
+    return f"{loss['nats_per_token']:.3f}" + (f" ({from_to(ends)})" if ends else "")
 
 
 def _sizes(sizes: Iterator[int]) -> str:
@@ -407,27 +310,25 @@ def reasons(step: StepView) -> str:
     return ", ".join(told)
 
 
-def _ends(ends: object) -> tuple[float, float] | None:
+def ends_of(ends: object) -> tuple[float, float] | None:
+    """An interval as metrics hold it, or None where there is none."""
     return (float(ends[0]), float(ends[1])) if isinstance(ends, list | tuple) else None
 
 
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _interval(ends: tuple[float, float] | None) -> str:
+def from_to(ends: tuple[float, float] | None) -> str:
+    """An interval in words; empty where there is none."""
     return f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else ""
 
 
 def spread(ends: object) -> str:
     """An interval in brackets; empty where there is none."""
-    pair = _ends(ends)
-    return f" (95%: {_interval(pair)})" if pair else ""
+    pair = ends_of(ends)
+    return f" (95%: {from_to(pair)})" if pair else ""
 
 
 def percents(ends: object, lead: str = "95%: ") -> str:
     """An interval of a share; empty where there is none."""
-    pair = _ends(ends)
+    pair = ends_of(ends)
     return f"{lead}{pair[0]:.1%} to {pair[1]:.1%}" if pair else ""
 
 

@@ -1,9 +1,10 @@
 """`selfalign status`: the steps, their ledgers, and what was measured. The JSON form is a contract."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import JsonValue
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -59,10 +60,8 @@ def metrics(run: RunView) -> dict[str, JsonValue]:
         if measured:
             found[f"{name}_held_out_loss"] = measured["held_out"]["nats_per_token"]
             found[f"{name}_held_out_loss_ci"] = measured["held_out"]["ci"]
-    for calibration in run.rounds("curate.calibrate")[:1]:
-        measured = _metrics(calibration)
-        found |= {"rater_auc": measured["auc"], "rater_auc_ci": measured.get("auc_ci")}
-        found["rater_auc_by_kind"] = measured.get("auc_by_kind")
+    found |= _backward_gains(run)
+    found |= _curation(run)
     table: dict[str, dict[str, JsonValue]] = {}
     for model, measured in measurements(run):
         if measured.get("exact_match"):
@@ -70,11 +69,61 @@ def metrics(run: RunView) -> dict[str, JsonValue]:
             table.setdefault("accuracy_ci", {})[model] = measured["exact_match"]["ci"]
         table.setdefault("held_out_loss", {})[model] = measured["held_out"]["nats_per_token"]
         table.setdefault("held_out_loss_ci", {})[model] = measured["held_out"]["ci"]
+        if measured.get("rouge_l"):
+            table.setdefault("rouge_l", {})[model] = measured["rouge_l"]["mean"]
+            table.setdefault("rouge_l_ci", {})[model] = measured["rouge_l"]["ci"]
         if measured.get("against_base"):
             table.setdefault("against_base", {})[model] = measured["against_base"]
+    for view in run.steps:
+        if view.name.startswith("evaluate.judge@") and (judged := _metrics(view)):
+            table.setdefault("judge", {})[_model(view)] = judged
     found.update(table)
     found.update(_metrics_by_epoch(run))
     return found
+
+
+def _backward_gains(run: RunView) -> dict[str, JsonValue]:
+    """What training changed of the backward model: the base's figure, its own, and the paired difference.
+
+    `backward_nll` is in nats a token of held-out instructions, so a negative difference is a gain.
+    """
+    before, after = (_metrics(run.step(f"evaluate.{verb}")) for verb in ("base_backward", "backward"))
+    found: dict[str, JsonValue] = {}
+    for key, name, value in (("backward_nll", "held_out", "nats_per_token"), ("backward_rouge_l", "rouge_l", "mean")):
+        if before.get(name) and after.get(name):
+            gap = (after.get("against_base") or {}).get(name) or {}
+            ends = {"before": before[name][value], "after": after[name][value]}
+            found[key] = {**ends, "difference": gap.get("difference"), "difference_ci": gap.get("ci")}
+    return found
+
+
+def _curation(run: RunView) -> dict[str, JsonValue]:
+    """What was measured of the rater in the first round that measured it; by round where there are several.
+
+    A calibration whose gate failed counts: what it measured is why.
+    """
+    found: dict[str, JsonValue] = {}
+    for calibration in run.rounds("curate.calibrate", failed=True)[:1]:
+        assert calibration.manifest is not None
+        measured = calibration.manifest.metrics
+        found |= {"rater_auc": measured["auc"], "rater_auc_ci": measured.get("auc_ci")}
+        found["rater_auc_by_kind"] = measured.get("auc_by_kind")
+        if measured.get("planted_auc"):
+            found["planted_auc"] = measured["planted_auc"]
+    for key, verb in (("injection", "inject"), ("agreement", "agree")):
+        rounds = {step.name.partition("@")[2]: _metrics(step) for step in run.rounds(f"curate.{verb}")}
+        if rounds:
+            found[key] = next(iter(rounds.values()))
+        if len(rounds) > 1:
+            found[f"{key}_by_round"] = {**rounds}
+    return found
+
+
+def ledgers(run: RunView) -> dict[str, JsonValue]:
+    """What became of the generated pairs: filtered, and selected in the last round that selected any."""
+    steps = [run.step("augment.filter"), *run.rounds("curate.select", failed=True)[-1:]]
+    keys = ("in", "kept", "rejected", "quarantined")
+    return {step.name: {key: _step(step)[key] for key in keys} for step in steps if step and step.finished}
 
 
 def _metrics_by_epoch(run: RunView) -> dict[str, dict[str, JsonValue]]:
@@ -168,28 +217,73 @@ def _counts(value: JsonValue) -> dict[str, int]:
     return {key: n for key, n in value.items() if isinstance(n, int)} if isinstance(value, dict) else {}
 
 
-def results_table(run: RunView) -> Table | None:
+def results_table(run: RunView) -> Group | None:
+    """The rater's signals and the forward models, side by side; None before any was measured."""
+    tables = [table for table in (planted_table(metrics(run)), _models_table(run)) if table is not None]
+    return Group(*tables) if tables else None
+
+
+def planted_table(found: Mapping[str, JsonValue]) -> Table | None:
+    """Areas under the curve by signal and kind of planted pairs, with intervals; None where metrics hold none."""
+    areas = verdict_first(found.get("planted_auc"))
+    if not areas:
+        return None
+    kinds = dict.fromkeys(kind for each in areas.values() for kind in each["by_kind"])
+    table = Table("planted AUC (95%)", "all", "swapped, truncated", *kinds, title_justify="left")
+    for name, each in areas.items():
+        ends = each["ci"]
+        cells = [(each.get(key), ends.get(key)) for key in ("all", "swapped_truncated")]
+        cells += [(each["by_kind"].get(kind), ends["by_kind"].get(kind)) for kind in kinds]
+        table.add_row(name, *(_area(*cell) for cell in cells))
+    return table
+
+
+def verdict_first(areas: Any) -> dict[str, Any]:
+    """Areas by signal, those that are verdicts before the others."""
+    return dict(sorted((areas or {}).items(), key=lambda pair: (pair[0] != "calibrated", pair[0] != "rubric")))
+
+
+def _area(value: float | None, ends: Sequence[float] | None) -> str:
+    """An area with its interval, as short as can be: ten columns stand beside each other."""
+    if value is None or ends is None:
+        return ""
+    middle, low, high = (f"{number:.2f}".removeprefix("0") for number in (value, *ends))
+    return f"{middle} ({low}–{high})"
+
+
+def _models_table(run: RunView) -> Table | None:
     """The forward models side by side; None before any was measured."""
-    table = Table("model", "exact match", "95%", "held-out loss", "95%", "loss − base (95%)", title_justify="left")
+    models = list(measurements(run))
+    compared = any(measured.get("rouge_l") for _, measured in models)
+    columns = ["exact match", "95%", "held-out loss", "95%", "loss − base (95%)"]
+    table = Table("model", *columns, *(("ROUGE-L", "95%") if compared else ()), title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
-    for model, measured in measurements(run):
+    for model, measured in models:
         match, loss = measured.get("exact_match") or {}, measured["held_out"]
         gap = (measured.get("against_base") or {}).get("held_out")
         told = f"{gap['difference']:+.3f} ({_ends(gap['ci'])})" if gap else ""
+        likeness = measured.get("rouge_l") or {}
         cells = [
             _figure(match.get("share")),
             _ends(match.get("ci")),
             _figure(loss["nats_per_token"]),
             _ends(loss["ci"]),
+            told,
+            *((_figure(likeness.get("mean")), _ends(likeness.get("ci"))) if compared else ()),
         ]
-        table.add_row(escape(model), *cells, told)
+        table.add_row(escape(model), *cells)
     return table if table.row_count else None
 
 
 def figures(run: RunView) -> list[str]:
     """The other figures, a line each."""
-    found, lines = metrics(run), []
+    return told(metrics(run))
+
+
+def told(found: Mapping[str, JsonValue]) -> list[str]:
+    """Metrics that stand in no table, a line each."""
+    lines = []
     for key, text in (
         ("backward_exact_match", "backward model, exact match of the instruction"),
         ("backward_held_out_loss", "backward model, held-out loss (nats a token)"),
@@ -198,13 +292,88 @@ def figures(run: RunView) -> list[str]:
     ):
         if found.get(key) is not None:
             lines.append(f"{text}: {_figure(found[key])} (95%: {_ends(found[f'{key}_ci'])})")
-    by_epoch = _metrics_by_epoch(run)
+    for key, text in (("backward_nll", "held-out loss"), ("backward_rouge_l", "ROUGE-L of held-out instructions")):
+        gain = found.get(key)
+        if isinstance(gain, dict) and gain["difference"] is not None:
+            both = f"{_figure(gain['after'])} and {_figure(gain['before'])}, {gain['difference']:+.3f}"
+            lines.append(f"backward model and the base, {text}: {both} (95%: {_ends(gain['difference_ci'])})")
+    judged = found.get("judge")
+    lines += [_judged(model, each) for model, each in judged.items()] if isinstance(judged, dict) else []
+    lines += [*_injected(found.get("injection")), *_agreed(found.get("agreement"))]
     for key, text in (("accuracy_by_epoch", "exact match"), ("held_out_loss_by_epoch", "held-out loss")):
-        for model, values in by_epoch.get(key, {}).items():
-            assert isinstance(values, dict)
-            told = [f"{_figure(value)} ({epoch})" for epoch, value in values.items() if value is not None]
-            lines += [f"{model}, {text} by epoch: {', '.join(told)}"] if told else []
+        by_epoch: Any = found.get(key) or {}
+        for model, values in by_epoch.items():
+            parts = [f"{_figure(value)} ({epoch})" for epoch, value in values.items() if value is not None]
+            lines += [f"{model}, {text} by epoch: {', '.join(parts)}"] if parts else []
     return lines
+
+
+def told_against_base(found: Mapping[str, JsonValue]) -> list[str]:
+    """Each forward model against the base on the same rows, as the table of models has it, a line a figure."""
+    gaps: Any = found.get("against_base") or {}
+    lines = []
+    for model, each in gaps.items():
+        for name, key, text in (
+            ("exact_match", "accuracy", "exact match"),
+            ("held_out", "held_out_loss", "held-out loss"),
+            ("rouge_l", "rouge_l", "ROUGE-L"),
+        ):
+            values: Any = found.get(key)
+            if (gap := each.get(name)) and values:
+                both = f"{_figure(values.get(model))} and {_figure(values.get('base'))}, {gap['difference']:+.3f}"
+                ends = f"95%: {_ends(gap['ci'])}; " if gap["ci"] else ""
+                lines.append(f"{model} and the base, {text}: {both} ({ends}n = {gap['n']})")
+    return lines
+
+
+def told_ledgers(found: Mapping[str, JsonValue]) -> list[str]:
+    """The ledgers of `ledgers`, a line each."""
+    lines = []
+    for name, ledger in found.items():
+        assert isinstance(ledger, dict)
+        dropped = {**_counts(ledger["rejected"]), **_counts(ledger["quarantined"])}
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items(), key=lambda pair: -pair[1]))
+        lines.append(f"{name}: {ledger['kept']} of {ledger['in']} pairs kept; dropped: {reasons or 'none'}")
+    return lines
+
+
+def _injected(found: Any) -> list[str]:
+    """What texts that speak to the rater gain, in one line."""
+    gap = found and found["by_signal"]["verdict"]
+    if not gap:
+        return []
+    above, n = found["above_threshold"], found["payloads"]
+    return [
+        f"injection, the verdict with a payload and with a harmless twin: {gap['difference']:+.3f} "
+        f"(95%: {_ends(gap['ci'])}; n = {gap['n']}); at the threshold or above: {above['payload']} and {above['twin']} "
+        f"of {n}"
+    ]
+
+
+def _agreed(found: Any) -> list[str]:
+    """How far a second rater agrees, in one line."""
+    if not found:
+        return []
+    rho, keeps = found["spearman"], found["confusion"]
+    ends = f"95%: {_ends(found['spearman_ci'])}; " if found["spearman_ci"] else ""
+    order = "no rank correlation" if rho is None else f"Spearman {rho:+.3f} ({ends}n = {found['both_rated']})"
+    return [
+        f"agreement with the second rater: {order}; kept by both {keeps['both_keep']}, by the first alone "
+        f"{keeps['first_keeps']}, by the second alone {keeps['second_keeps']}, by neither {keeps['neither']}"
+    ]
+
+
+def _judged(model: str, found: Any) -> str:
+    """A judge's verdicts on a model, in one line."""
+    parts = []
+    if found["n"]:
+        parts.append(f"win rate {_figure(found['win_rate'])} (95%: {_ends(found['ci'])})")
+        parts.append(f"{found['wins']} won, {found['ties']} tied ({found['alike']} alike), {found['losses']} lost")
+    if found["consistent"] is not None:
+        parts.append(f"the same in both orders {_figure(found['consistent'])}")
+        parts.append(f"for what stands first {_figure(found['first_position'])}")
+    parts += [f"{n} {reason}" for reason, n in found["unjudged"].items()]
+    return f"{model} and the base, judged: {'; '.join(parts)}"
 
 
 def _figure(value: object) -> str:

@@ -7,7 +7,7 @@ from statistics import median
 
 from selfalign.report import charts
 from selfalign.report.charts import Words
-from selfalign.report.facts import Facts, Training, count, is_finished
+from selfalign.report.facts import Facts, Training, count
 from selfalign.report.logs import Curve
 from selfalign.report.sections import Figure, Section, Table
 
@@ -70,7 +70,7 @@ def _figure(found: Training, group: Sequence[Training], number: int) -> Figure:
     svgs = [_chart(found, measure, _bounds(group, measure), title, number) for measure in drawn]
     rows = [[_column(measure), *_figures(measure, log.curves[measure.key])] for measure in drawn]
     table = Table(("", "first", "last", "lowest", "median", "highest"), rows)
-    return Figure(title, svgs[0], f"{'; '.join(_told(found))}.", table, svgs[1:])
+    return Figure(title, svgs[0], f"{'; '.join(_told(found))}.", table, svgs[1:], wide=True)
 
 
 def _told(found: Training) -> list[str]:
@@ -79,7 +79,7 @@ def _told(found: Training) -> list[str]:
     smooth = _smooth(losses, noisy=True)
     last, at, end = (smooth or losses)[-1], f"{log.curves['loss'][-1][0]:,.0f}", f"{log.last_step:,.0f}"
     went = f"Loss {losses[0]:.3g} → {last:.3g} in {at} steps" if at == end else f"Loss {last:.3g} at step {at} of {end}"
-    told = [went + (f", n = {count(step, 'kept'):,} rows" if is_finished(step) else "")]
+    told = [went + (f", n = {count(step, 'kept'):,} rows" if step.finished else "")]
     if speeds := _values(log.curves.get("tokens_per_second", ())):
         told.append(f"{median(speeds):,.0f} tokens/s (median)")
     if memory := _values(log.curves.get("memory_bytes", ())):

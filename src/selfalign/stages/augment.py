@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, PositiveInt
 
@@ -16,9 +16,11 @@ from selfalign.core.store import Manifest, dropped
 from selfalign.engines.config import ModelConfig
 from selfalign.stages.models import identity_of, open_model
 from selfalign.stages.prompting import chat, fill, prompt_text
+from selfalign.text.mismatch import is_mismatch
 from selfalign.text.overlap import is_copy, is_echo, normalised
+from selfalign.text.replies import is_preamble, is_refusal
 
-FilterName = Literal["empty", "over_long", "echo", "copy", "duplicate"]
+FilterName = Literal["empty", "refusal", "preamble", "over_long", "echo", "copy", "language", "duplicate"]
 
 
 class AugmentConfig(Sampling):
@@ -27,7 +29,7 @@ class AugmentConfig(Sampling):
     candidates: PositiveInt = Field(1, description="instructions a document")
     prompt_file: Annotated[str | None, RecipePath] = Field(None, description="with the placeholder {response}")
     max_chars: PositiveInt = Field(2000, description="longer instructions are over_long")
-    filters: tuple[FilterName, ...] = ("empty", "over_long", "echo", "copy", "duplicate")
+    filters: tuple[FilterName, ...] = get_args(FilterName)
 
     def prompt(self) -> str:
         """The prompt of the backward direction, in training and in use."""
@@ -132,12 +134,16 @@ class Filter(WholeStage):
             yield rejected(row.id, reason, row) if reason else row
 
     def _reason(self, row: Candidate, template: str) -> str | None:
-        # An instruction that was cut off is over-long too, however few characters were allowed.
+        # The first reason is the one that is told, so what says most comes first: a refusal may be over-long too, and
+        # echo the prompt. An instruction that was cut off is over-long, however few characters were allowed.
         checks: dict[FilterName, Callable[[], bool]] = {
             "empty": lambda: not row.prompt,
+            "refusal": lambda: is_refusal(row.prompt),
+            "preamble": lambda: is_preamble(row.prompt),
             "over_long": lambda: row.finish == "length" or len(row.prompt) > self.config.max_chars,
             "echo": lambda: is_echo(row.prompt, template),
             "copy": lambda: is_copy(row.prompt, row.completion),
+            "language": lambda: is_mismatch(row.prompt, row.completion),
         }
         return next((name for name, fails in checks.items() if name in self.config.filters and fails()), None)
 

@@ -24,7 +24,7 @@ from selfalign.core.records import (
 from selfalign.core.stage import Context, External, Rows, Settings, WholeStage
 from selfalign.stages.augment import AugmentConfig
 from selfalign.stages.curate.config import CurateConfig
-from selfalign.stages.curate.rate import RatingPrompt
+from selfalign.stages.curate.rubric import RatingPrompt
 from selfalign.stages.prompting import chat, fill
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import JsonValue, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError, model_validator
 
 from selfalign.core.errors import UsageError
 from selfalign.core.frozen import Frozen, RecipePath
@@ -18,13 +18,15 @@ from selfalign.core.records import Message, Pair, SeedPair
 from selfalign.core.stage import BuildStage, Built, Context, Log, Place, Settings
 from selfalign.engines.config import ModelConfig
 from selfalign.evaluation.metrics import (
-    Interval,
     contains_match,
     exact_match,
     mean_interval,
     paired_difference,
     proportion_interval,
+    rouge_l,
 )
+from selfalign.stages.jsonl import read_lines, write_lines
+from selfalign.stages.judge import JudgeConfig
 from selfalign.stages.models import model_at, open_model
 from selfalign.stages.prompting import chat, fill
 
@@ -38,8 +40,23 @@ class EvaluateConfig(Frozen):
     backward_questions: Annotated[str | None, RecipePath] = None
     system: str | None = None
     max_new_tokens: PositiveInt = 256
-    samples: PositiveInt = 5
+    samples: PositiveInt = Field(5, description="held-out pairs whose replies are written for people")
+    replies: NonNegativeInt = Field(
+        0, description="held-out pairs whose replies are compared with what people wrote, by ROUGE-L"
+    )
+    judge: JudgeConfig | None = None
     min_gain: float | None = None
+
+    @property
+    def replied(self) -> int:
+        """How many held-out pairs get a reply."""
+        return max(self.samples, self.replies)
+
+    @model_validator(mode="after")
+    def _judge_has_replies(self) -> "EvaluateConfig":
+        if self.judge is not None and not self.replies:
+            raise ValueError("judge compares replies to held-out pairs: set replies to their number too, such as 100")
+        return self
 
 
 class Question(Frozen):
@@ -86,7 +103,7 @@ def read_questions(path: Path) -> list[Question]:
 
 @dataclass(frozen=True)
 class Evaluate(BuildStage):
-    """Held-out loss, matches on questions, and some replies to read.
+    """Held-out loss, matches on questions, and replies: some to read, or more to be compared with what people wrote.
 
     Inputs: `model` and, for an adapter, `adapter`; `seed`, the picked pairs; `questions` if there are any; `base`,
     the same measurement of the base, and `before`, that of the round before. With `epoch`, the model is the one that
@@ -105,7 +122,7 @@ class Evaluate(BuildStage):
         settings: dict[str, Frozen | JsonValue] = {
             "direction": self.direction,
             "max_new_tokens": self.config.max_new_tokens,
-            "samples": self.config.samples,
+            "samples": self.config.replied,
             "engine": dict(self.model.loading()),
         }
         if self.direction == "backward":
@@ -116,6 +133,8 @@ class Evaluate(BuildStage):
             settings["min_gain"] = self.config.min_gain
         if self.epoch is not None:
             settings["epoch"] = self.epoch
+        if self.config.replies:
+            settings["rouge_l"] = True
         return settings
 
     def build(self, context: Context, place: Place, log: Log) -> Built:
@@ -125,15 +144,18 @@ class Evaluate(BuildStage):
         losses, unmeasured = self._losses(engine, adapter, pairs)
         questions = read_questions(context.path("questions")) if "questions" in context.inputs else []
         right, replies = self._answers(engine, adapter, questions, pairs)
+        likeness = self._likeness(pairs, replies) if self.config.replies else {}
         base = _rows(context, "base")
         ledger = Ledger(len(pairs), len(pairs), len(losses), unmeasured)
         metrics: dict[str, JsonValue] = {
-            "held_out": {**_mean(losses), "unmeasured": dict(unmeasured)},
+            "held_out": {**_mean("nats_per_token", losses), "unmeasured": dict(unmeasured)},
             "exact_match": _share(right) if questions else None,
-            "against_base": _differences(losses, right, base) if base else None,
+            "against_base": _differences(Measured(losses, right, likeness), base) if base else None,
         }
-        _write(place.draft / "held_out.jsonl", [{"id": id, "nats_per_token": loss} for id, loss in losses.items()])
-        _write(place.draft / "replies.jsonl", replies)
+        if self.config.replies:
+            metrics["rouge_l"] = _mean("mean", likeness)
+        write_lines(place.draft / "held_out.jsonl", [{"id": id, "nats_per_token": loss} for id, loss in losses.items()])
+        write_lines(place.draft / "replies.jsonl", replies)
         (place.draft / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
         before = _rows(context, "before")
         stop = self._stop(losses, right, before) if self.may_stop and before else None
@@ -179,7 +201,7 @@ class Evaluate(BuildStage):
         """Whether each question was answered right, and all replies; without questions, some to held-out prompts."""
         side = "completion" if self.direction == "backward" else "prompt"
         prompts = {f"question/{n:05d}": question.prompt for n, question in enumerate(questions)}
-        prompts |= {pair.id: getattr(pair, side) for pair in pairs[: self.config.samples]}
+        prompts |= {pair.id: getattr(pair, side) for pair in pairs[: self.config.replied]}
         sampling = Sampling(temperature=0, top_p=1, max_new_tokens=self.config.max_new_tokens)
         requests = [Request(id, self._prompt(text)) for id, text in prompts.items()]
         written = dict(zip(prompts, engine.generate(requests, sampling, adapter), strict=True))
@@ -192,6 +214,17 @@ class Evaluate(BuildStage):
             for id, reply in written.items()
         ]
         return right, replies
+
+    def _likeness(self, pairs: Sequence[Pair], replies: Sequence[dict[str, JsonValue]]) -> dict[str, float]:
+        """ROUGE-L of each held-out reply against what people wrote, entered into its row too."""
+        truth = {pair.id: pair.prompt if self.direction == "backward" else pair.completion for pair in pairs}
+        found: dict[str, float] = {}
+        for row in replies:
+            id, text = str(row["id"]), str(row["reply"])
+            # A prompt that left no room for a reply has an empty one, which counts: it is like nothing.
+            if row["right"] is None:
+                row["rouge_l"] = found[id] = round(rouge_l(text, truth[id]), 5)
+        return found
 
     def _stop(self, losses: Mapping[str, float], right: Mapping[str, float], before: "Measured") -> str | None:
         """Why the rounds should end: this one is not better than the one before by `evaluate.min_gain`."""
@@ -210,54 +243,45 @@ class Evaluate(BuildStage):
 
 @dataclass(frozen=True)
 class Measured:
-    """The rows of another evaluation, by id."""
+    """The rows of an evaluation, by id."""
 
     losses: Mapping[str, float]
     right: Mapping[str, float]
+    rouge_l: Mapping[str, float]
 
 
 def _rows(context: Context, role: str) -> Measured | None:
     if role not in context.inputs:
         return None
     folder = context.path(role)
-    losses = {row["id"]: row["nats_per_token"] for row in _read(folder / "held_out.jsonl")}
-    right = {row["id"]: row["right"] for row in _read(folder / "replies.jsonl") if row["right"] is not None}
-    return Measured(losses, right)
+    losses = {row["id"]: row["nats_per_token"] for row in read_lines(folder / "held_out.jsonl")}
+    replies = read_lines(folder / "replies.jsonl")
+    right = {row["id"]: row["right"] for row in replies if row["right"] is not None}
+    return Measured(losses, right, {row["id"]: row["rouge_l"] for row in replies if "rouge_l" in row})
 
 
-def _differences(losses: Mapping[str, float], right: Mapping[str, float], base: Measured) -> dict[str, JsonValue]:
+def _differences(model: Measured, base: Measured) -> dict[str, JsonValue]:
     """This model minus the base, paired by row."""
     found: dict[str, JsonValue] = {}
-    for name, now, then in (("held_out", losses, base.losses), ("exact_match", right, base.right)):
+    for name, now, then in (
+        ("held_out", model.losses, base.losses),
+        ("exact_match", model.right, base.right),
+        ("rouge_l", model.rouge_l, base.rouge_l),
+    ):
         shared = sorted(now.keys() & then.keys())
         if shared:
             gap = paired_difference([now[id] for id in shared], [then[id] for id in shared])
-            found[name] = {"difference": round(gap.mean, 4), "ci": _ends(gap.interval), "n": gap.n}
+            found[name] = {"difference": round(gap.mean, 4), "ci": gap.interval.rounded(), "n": gap.n}
     return found
 
 
-def _mean(losses: Mapping[str, float]) -> dict[str, JsonValue]:
-    values = list(losses.values())
+def _mean(name: str, rows: Mapping[str, float]) -> dict[str, JsonValue]:
+    values = list(rows.values())
     if not values:
-        return {"nats_per_token": None, "ci": None, "n": 0}
-    mean = round(sum(values) / len(values), 4)
-    return {"nats_per_token": mean, "ci": _ends(mean_interval(values)), "n": len(values)}
+        return {name: None, "ci": None, "n": 0}
+    return {name: round(sum(values) / len(values), 4), "ci": mean_interval(values).rounded(), "n": len(values)}
 
 
 def _share(right: Mapping[str, float]) -> dict[str, JsonValue]:
     hits, n = int(sum(right.values())), len(right)
-    return {"share": round(hits / n, 4), "ci": _ends(proportion_interval(hits, n)), "n": n}
-
-
-def _ends(interval: Interval) -> JsonValue:
-    # One value says nothing about its spread, and JSON has no infinity.
-    return [round(interval.low, 4), round(interval.high, 4)] if math.isfinite(interval.high - interval.low) else None
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, JsonValue]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return {"share": round(hits / n, 4), "ci": proportion_interval(hits, n).rounded(), "n": n}

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfalign.core.errors import MismatchError
-from selfalign.core.records import Example, Message
-from selfalign.engines.chat import Chat, common_prefix
+from selfalign.core.records import Example
+from selfalign.engines.chat import chat_of, common_prefix
 from selfalign.engines.config import ModelConfig
 from selfalign.engines.loading import load_tokenizer
 
@@ -106,7 +106,7 @@ def stop_ids(tokenizer: "PreTrainedTokenizerFast", model: ModelConfig) -> frozen
         # A base model need not come with a generation config.
         declared = None
     more = declared if isinstance(declared, list) else [declared]
-    return Chat(tokenizer).stop_ids | {i for i in more if i is not None}
+    return chat_of(tokenizer).stop_ids | {i for i in more if i is not None}
 
 
 def render(example: Example, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, str]:
@@ -114,17 +114,12 @@ def render(example: Example, tokenizer: "PreTrainedTokenizerFast") -> tuple[str,
 
     Raises MismatchError when the template refuses the messages, or when the first text does not begin the second.
     """
-    from jinja2 import TemplateError
-
-    def text(messages: Sequence[Message], cue: bool) -> str:
-        shown = [dict(m) for m in messages]
-        return str(tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=cue))
-
     try:
-        prompt = text(example.prompt, cue=True)
-        full = text([*example.prompt, *example.completion], cue=False)
-    except TemplateError as error:
-        raise MismatchError(f"{example.id}: the chat template refuses its messages: {error}") from error
+        chat = chat_of(tokenizer)
+        prompt = chat.render(example.prompt, add_generation_prompt=True)
+        full = chat.render([*example.prompt, *example.completion])
+    except MismatchError as error:
+        raise MismatchError(f"{example.id}: {error}") from error
     if not full.startswith(prompt):
         raise MismatchError(
             f"{example.id}: the chat template writes the prompt differently at inference ({prompt[-60:]!r}) than "

@@ -1,21 +1,31 @@
 """What is dropped for what it is on its own, and what passes with a note."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+import small
 from selfalign.core.errors import UsageError
 from selfalign.core.records import Document, Dropped, Noted, Outcome, SeedPair
 from selfalign.core.stage import Context, External
 from selfalign.data.config import CorpusConfig, SeedConfig
 from selfalign.data.sources import resolve
+from selfalign.demo.base import base_folder
+from selfalign.engines.config import ModelConfig
+from selfalign.pipelines.backtranslate import steps
+from selfalign.pipelines.externals import Externals
+from selfalign.recipe import load
 from selfalign.stages.prepare.filter import FilterCorpus, FilterSeed
 
 Seen = Callable[..., Context]
+# Asked for its tokenizer, and only where tokens are limited.
+MODEL, NO_MODEL = ModelConfig(path=str(base_folder())), ModelConfig(path="./none")
 ENGLISH = "The harbour is quiet in the morning, and most of the boats are still out at sea with their crews."
 GERMAN = "Der Hafen ist am Morgen still, und die meisten Boote sind mit ihrer Mannschaft noch draußen auf See."
 
@@ -30,13 +40,13 @@ def pair(prompt: str = "What is it?", completion: str = "A thing.", **labels: ob
 
 
 def seed(row: SeedPair, context: Context | None = None, **config: object) -> str | None:
-    stage = FilterSeed(SeedConfig(path="x", **config))
+    stage = FilterSeed(SeedConfig(path="x", **config), MODEL if "max_tokens" in config else NO_MODEL)
     (outcome,) = stage.open(context or Context("s", 0, {})).run([row])
     return told(outcome)
 
 
 def corpus(text: str, context: Context | None = None, header: str | None = None, **config: object) -> str | None:
-    stage = FilterCorpus(CorpusConfig(path="x", **config))
+    stage = FilterCorpus(CorpusConfig(path="x", **config), MODEL if "max_tokens" in config else NO_MODEL)
     (outcome,) = stage.open(context or Context("s", 0, {})).run(
         [Document(id="d", source="s", text=text, header=header)]
     )
@@ -100,6 +110,56 @@ def test_a_header_is_suspect_only_where_there_is_one_and_its_kind_is_named() -> 
 def test_repetitive_text_is_dropped_above_the_named_share() -> None:
     assert corpus("buy it now while it lasts " * 30, max_repetition=0.5) == "repetitive"
     assert corpus(ENGLISH, max_repetition=0.5) is None
+
+
+def test_tokens_are_counted_inclusively_and_a_pair_s_together_with_a_line_break() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_folder())
+    tokens = {text: len(tokenizer.encode(text)) for text in (ENGLISH, f"{ENGLISH}\n{GERMAN}")}
+    for text, n in tokens.items():
+        assert [corpus(text, max_tokens=limit) for limit in (n - 1, n)] == ["too_many_tokens", None]
+    limits = [tokens[f"{ENGLISH}\n{GERMAN}"] + more for more in (-1, 0)]
+    assert [seed(pair(ENGLISH, GERMAN), max_tokens=limit) for limit in limits] == ["too_many_tokens", None]
+
+
+def test_of_a_batch_the_long_rows_that_nothing_else_drops_are_dropped_in_their_places() -> None:
+    stage = FilterCorpus(CorpusConfig(path="x", languages=("en",), max_tokens=20), MODEL)
+    texts = [ENGLISH, GERMAN, "All of the boats are out at sea.", "7 " * 30, "7 + 5"]
+    found = stage.open(Context("s", 0, {})).run([Document(id=t, source="s", text=t) for t in texts])
+    assert [(row.id, told(row)) for row in found] == [
+        (ENGLISH, "too_many_tokens"),
+        (GERMAN, "language"),
+        ("All of the boats are out at sea.", None),
+        ("7 " * 30, "too_many_tokens"),
+        ("7 + 5", "unlabelled"),
+    ]
+
+
+def test_what_a_hook_makes_of_a_document_is_counted_and_how_many_tokens_it_had_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "twice.py").write_text("def clean(text):\n    return text * 9\n")
+    stage = FilterCorpus(CorpusConfig(path="x", hook=str(tmp_path / "twice.py"), max_tokens=8), MODEL)
+    (outcome,) = stage.open(Context("s", 0, {})).run([Document(id="d", source="s", text="One.")])
+    assert isinstance(outcome, Dropped)
+    assert (outcome.reason, outcome.row.text) == ("too_many_tokens", "One." * 9)
+    assert re.fullmatch(r"\d+ tokens", outcome.detail)
+
+
+def test_the_model_counts_for_identity_where_tokens_are_limited_and_nowhere_else(tmp_path: Path) -> None:
+    recipe = small.write(tmp_path)
+
+    def identities(*overrides: str) -> dict[str, str]:
+        found = {step.name: step for step in steps(load(recipe, overrides), Externals())}
+        return {name: found[f"prepare.filter_{name}"].identity for name in ("seed", "corpus")}
+
+    (tmp_path / "other").mkdir()
+    for file in base_folder().iterdir():
+        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "other" / "tokenizer_config.json").write_text("{}")
+    other = f"model.path={tmp_path / 'other'}"
+    plain, limited = identities(), identities("prepare.corpus.max_tokens=99")
+    assert identities(other) == plain
+    assert limited["seed"] == plain["seed"]
+    found = {plain["corpus"], limited["corpus"], identities("prepare.corpus.max_tokens=98")["corpus"]}
+    assert len({*found, identities("prepare.corpus.max_tokens=99", other)["corpus"]}) == 4
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from selfalign.core.errors import UsageError
 from selfalign.core.records import Document, Dropped, Outcome
 from selfalign.core.stage import Context
 from selfalign.data.config import CorpusConfig
+from selfalign.engines.config import ModelConfig
 from selfalign.stages.prepare.filter import FilterCorpus
 
 HOOK = """
@@ -40,7 +41,7 @@ def hook(tmp_path: Path) -> Path:
 
 
 def stage(path: Path) -> FilterCorpus:
-    return FilterCorpus(CorpusConfig(path="x", hook=str(path), max_chars=99))
+    return FilterCorpus(CorpusConfig(path="x", hook=str(path), max_chars=99), ModelConfig(path="none"))
 
 
 def run(filters: FilterCorpus, *texts: str) -> list[Outcome]:

@@ -16,6 +16,7 @@ from selfalign.core.records import Document
 from selfalign.core.stage import Context, Step
 from selfalign.core.store import Store
 from selfalign.data.config import CorpusConfig
+from selfalign.engines.config import ModelConfig
 from selfalign.pipelines.externals import Externals
 from selfalign.pipelines.runner import Runner, Silent
 from selfalign.stages.prepare.filter import FilterCorpus
@@ -41,7 +42,7 @@ def steps(folder: Path) -> list[Step]:
     config = CorpusConfig(path=str(folder), min_chars=6, drop_nested=True, drop_duplicates=True)
     files = Externals().source(config, "prepare.corpus")
     read = Step("prepare.read_corpus", ReadCorpus(config), {"rows": files}, 0)
-    filtered = Step("prepare.filter_corpus", FilterCorpus(config), {"rows": read}, 0)
+    filtered = Step("prepare.filter_corpus", FilterCorpus(config, ModelConfig(path="none")), {"rows": read}, 0)
     return [read, filtered, Step("prepare.pick_corpus", PickCorpus(config=config), {"rows": filtered}, 0)]
 
 

@@ -1,157 +1,220 @@
 """Test the rater before trusting it: can it tell held-out seed pairs from ones that were spoilt on purpose?"""
 
 import json
-import random
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import JsonValue
 
 from selfalign.core.errors import GateError
 from selfalign.core.ledger import Ledger
-from selfalign.core.records import Pair, SeedPair
+from selfalign.core.records import Planted
 from selfalign.core.stage import BuildStage, Built, Context, Log, Place, Settings
 from selfalign.core.store import Manifest
 from selfalign.engines.config import ModelConfig
 from selfalign.evaluation.metrics import auc, auc_interval
 from selfalign.stages.curate.config import CurateConfig
-from selfalign.stages.curate.rate import RatingPrompt, rate, rating_settings, why_unrated
-from selfalign.stages.models import open_model
+from selfalign.stages.curate.fit import Fit, by_threshold, cross_validated, fit, reaching, reliability
+from selfalign.stages.curate.rate import Rater
+from selfalign.stages.curate.verdict import verdict
+
+TOGETHER = ("swapped", "truncated")
+"""The plants that no filter catches: their area under the curve is told for both together, too."""
+
+FILE = "calibration.json"
 
 
 @dataclass(frozen=True)
-class Planted:
-    """A pair of known quality: `kind` is `seed`, or the way in which it was spoilt."""
+class Calibration:
+    """What selection takes from a calibration: a calibrated rater's fit, and the threshold of a target precision."""
 
-    id: str
-    kind: str
-    prompt: str
-    completion: str
+    fit: Fit | None = None
+    threshold: float | None = None
 
-
-def plant(pairs: Sequence[Pair], chance: random.Random) -> list[Planted]:
-    """Each pair as it is, with another pair's response (`swapped`), and with its response cut short (`truncated`).
-
-    A response of one word cannot be cut and is left out.
-    """
-    planted = [Planted(pair.id, "seed", pair.prompt, pair.completion) for pair in pairs]
-    for n, pair in enumerate(pairs):
-        rest = (*pairs[n + 1 :], *pairs[:n])
-        # Another answer to the same question is no spoilt one.
-        others = [p for p in rest if p.completion != pair.completion and p.prompt != pair.prompt]
-        if others:
-            planted.append(Planted(f"{pair.id}/swapped", "swapped", pair.prompt, chance.choice(others).completion))
-        if cut := truncated(pair.completion, chance):
-            planted.append(Planted(f"{pair.id}/truncated", "truncated", pair.prompt, cut))
-    return planted
-
-
-def truncated(text: str, chance: random.Random) -> str:
-    """The first 30 to 70 per cent of a text, ended after a word; where none ends there, the one nearest the middle.
-
-    Empty where it has a single word.
-    """
-    text = text.strip()
-    ends = [word.end() for word in re.finditer(r"\S+", text)][:-1]
-    inside = [end for end in ends if 0.3 * len(text) <= end <= 0.7 * len(text)]
-    if inside:
-        return text[: chance.choice(inside)]
-    return text[: min(ends, key=lambda end: abs(end - len(text) / 2))] if ends else ""
+    @staticmethod
+    def of(folder: Path) -> "Calibration":
+        """Read the files of a calibration."""
+        document = json.loads((folder / FILE).read_bytes())
+        return Calibration(document["fit"] and Fit.of_json(document["fit"]), document["threshold"])
 
 
 @dataclass(frozen=True)
 class Calibrate(BuildStage):
-    """Rate planted pairs; the gate is the area under the curve, and the share that got a rating."""
+    """Rate planted pairs, fit the signals' worth on them, and measure both by cross-validation.
+
+    The gates are the area under the curve of the verdict that will select, and the share of pairs that got one.
+    """
 
     name: ClassVar[str] = "curate.calibrate"
+    version: ClassVar[int] = 2
     seeded: ClassVar[bool] = True
     config: CurateConfig
-    model: ModelConfig
-    prompt: RatingPrompt = field(init=False)
+    rater: Rater
 
-    def __post_init__(self) -> None:
-        # Read once, here: a file that changes while the run goes on must not slip under an identity made before.
-        object.__setattr__(self, "prompt", RatingPrompt.of(self.config))
+    @property
+    def model(self) -> ModelConfig:
+        """Whose tokenizer is tried before anything runs."""
+        return self.rater.model
 
     def settings(self) -> Settings:
-        return {**rating_settings(self.config, self.model, self.prompt), "max_off_scale": self.config.max_off_scale}
+        own: dict[str, JsonValue] = {"target_precision": self.config.target_precision}
+        if self.config.rater.kind == "rubric":
+            own["max_off_scale"] = self.config.max_off_scale
+        return {**self.rater.settings(), **own}
 
     def gates(self) -> Settings:
         return {"min_auc": self.config.min_auc, "min_rated": self.config.min_rated}
 
     def build(self, context: Context, place: Place, log: Log) -> Built:
-        held_out = [pair for pair in context.rows("seed", SeedPair) if pair.split == "held_out"]
-        planted = plant(held_out, random.Random(context.seed_for("planted")))
-        engine, adapter = open_model(self.model, context)
-        tokens = engine.tokens
-        verdicts = rate(engine, adapter, [(p.id, p.prompt, p.completion) for p in planted], self.config, self.prompt)
-        ratings: dict[str, list[float]] = {"seed": []}
-        unrated: Counter[str] = Counter()
-        with (place.draft / "planted.jsonl").open("w") as file:
-            for pair, verdict in zip(planted, verdicts, strict=True):
-                reason = why_unrated(verdict["rating"], verdict["unrated"], verdict["off_scale"], self.config)
-                if reason is None and verdict["rating"] is not None:
-                    ratings.setdefault(pair.kind, []).append(verdict["rating"])
-                elif reason is not None:
-                    unrated[reason] += 1
-                file.write(json.dumps({"id": pair.id, "kind": pair.kind, **verdict, "unrated": reason}) + "\n")
-        metrics = _metrics(ratings, unrated, len(planted))
-        (place.draft / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
-        rated = sum(map(len, ratings.values()))
-        ledger = Ledger(len(held_out), len(planted), rated, unrated)
-        return Built(("planted.jsonl", "metrics.json"), ledger, metrics, engine.tokens - tokens)
+        planted = list(context.rows("rows", Planted))
+        rater = self.rater.open(context)
+        read = rater(planted)
+        values = {name: [_value(each, name) for each in read] for name in self.rater.signals}
+        fitted, own = self._fit(planted, values, context.seed_for("folds"))
+        found = [self._verdict(each, fitted) for each in read]
+        # What a pair gets from a fit that saw it would flatter: its own is from the folds that did not.
+        scores = own if fitted else [score for score, _ in found]
+        reasons = [reason for _, reason in found]
+        unrated = Counter(reason for reason in reasons if reason is not None)
+        metrics = self._metrics(planted, values, scores, unrated, fitted)
+        document = {"fit": fitted.to_json() if fitted else None, "threshold": metrics["threshold"]}
+        _write(place.draft / FILE, document)
+        _write(place.draft / "metrics.json", metrics)
+        with (place.draft / "planted.jsonl").open("w", encoding="utf-8") as file:
+            for pair, each, score, reason in zip(planted, read, scores, reasons, strict=True):
+                told = {**each, "signals": {signal["name"]: signal["value"] for signal in each["signals"]}}
+                told |= {"id": pair.id, "kind": pair.kind, "good": pair.good, "verdict": score, "unrated": reason}
+                file.write(json.dumps(told) + "\n")
+        ledger = Ledger(len(planted), len(planted), len(planted) - unrated.total(), unrated)
+        return Built(("planted.jsonl", "metrics.json", FILE), ledger, metrics, rater.tokens)
+
+    def _fit(
+        self, planted: Sequence[Planted], values: Mapping[str, Sequence[float | None]], seed: int
+    ) -> tuple[Fit | None, list[float | None]]:
+        """The fit on all pairs that were measured whole, and each pair's probability by cross-validation."""
+        own: list[float | None] = [None] * len(planted)
+        names = self.rater.signals
+        whole = [n for n in range(len(planted)) if all(values[name][n] is not None for name in names)]
+        good = [planted[n].good for n in whole]
+        if self.config.rater.kind == "rubric" or all(good) or not any(good):
+            return None, own
+        values_NS = np.array([[values[name][n] for name in names] for n in whole], dtype=np.float64)
+        for n, p in zip(
+            whole, cross_validated(names, values_NS, good, [planted[n].origin for n in whole], seed), strict=True
+        ):
+            own[n] = p
+        return fit(names, values_NS, good), own
+
+    def _verdict(self, read: Mapping[str, Any], fitted: Fit | None) -> tuple[float | None, str | None]:
+        signals = {signal["name"]: signal["value"] for signal in read["signals"]}
+        rubric = (read.get("rating"), read.get("unrated"), read.get("off_scale"))
+        return verdict(*rubric, signals, self.config, fitted)
+
+    def _metrics(
+        self,
+        planted: Sequence[Planted],
+        values: Mapping[str, Sequence[float | None]],
+        scores: Sequence[float | None],
+        unrated: Counter[str],
+        fitted: Fit | None,
+    ) -> dict[str, JsonValue]:
+        config = self.config
+        good = [pair.good for pair in planted]
+        rated = [n for n, score in enumerate(scores) if score is not None]
+        known, truth = [scores[n] or 0.0 for n in rated], [good[n] for n in rated]
+        curve = by_threshold(known, truth) if any(truth) and not all(truth) else []
+        wanted = config.target_precision
+        areas = {name: _areas(planted, each) for name, each in values.items()}
+        whole = _areas(planted, scores)
+        if config.rater.kind == "calibrated":
+            areas = {"calibrated": whole, **areas}
+        return {
+            "planted": len(planted),
+            "pairs": dict(sorted(Counter(pair.kind for pair in planted).items())),
+            "rated": 1 - unrated.total() / len(planted) if planted else 0.0,
+            "unrated": dict(unrated),
+            "auc": whole["all"] if whole else None,
+            "auc_ci": whole["ci"]["all"] if whole else None,
+            "auc_by_kind": whole["by_kind"] if whole else None,
+            "planted_auc": {name: each for name, each in areas.items() if each},
+            "weights": dict(zip(fitted.signals, fitted.weights, strict=True)) if fitted else None,
+            "threshold": None if wanted is None else reaching(curve, wanted),
+            "thresholds": [asdict(point) for point in curve],
+            "reliability": [asdict(each) for each in reliability(known, truth)] if curve else [],
+        }
 
     def check(self, manifest: Manifest) -> None:
-        rated, area = manifest.metrics.get("rated"), manifest.metrics.get("auc")
-        reasons = manifest.metrics.get("unrated")
-        if not manifest.metrics.get("planted") and (self.config.min_rated or self.config.min_auc):
+        config = self.config
+        metrics = manifest.metrics
+        rated, area = metrics.get("rated"), metrics.get("auc")
+        if not metrics.get("planted") and (config.min_rated or config.min_auc):
             raise GateError(
                 "calibration: no seed pairs are held out to test the rater on; hold some out (prepare.seed.held_out)"
             )
-        if not isinstance(rated, float) or rated < self.config.min_rated:
+        if not isinstance(rated, float) or rated < config.min_rated:
             raise GateError(
                 f"calibration: the rater gave a usable rating to {_percent(rated)} of the planted pairs, and "
-                f"curate.min_rated wants {_percent(self.config.min_rated)} ({_told(reasons)}); choose another "
-                "curate.rater.model or prompt, or look at files/planted.jsonl of this step"
+                f"curate.min_rated wants {_percent(config.min_rated)} ({_told(metrics.get('unrated'))}); choose "
+                "another curate.rater.model or prompt, or look at files/planted.jsonl of this step"
             )
-        if not isinstance(area, float):
-            if self.config.min_auc == 0:
-                return
+        if not isinstance(area, float) and config.min_auc:
             raise GateError(
                 "calibration: no planted pairs could be compared; hold out seed pairs (prepare.seed.held_out)"
             )
-        if area < self.config.min_auc:
+        if isinstance(area, float) and area < config.min_auc:
             raise GateError(
                 f"calibration: the rater tells seed pairs from planted ones with an AUC of {area:.2f}, and "
-                f"curate.min_auc wants {self.config.min_auc:.2f} (.5 is chance); choose another curate.rater.model, "
-                "prompt or curate.reasoning_tokens"
+                f"curate.min_auc wants {config.min_auc:.2f} (.5 is chance; by kind: "
+                f"{_told(metrics.get('auc_by_kind'))}); `selfalign report` draws how it rated them; choose "
+                "another curate.rater.model, prompt or curate.reasoning_tokens, or curate.rater.kind=calibrated"
+            )
+        if config.target_precision is not None and metrics.get("threshold") is None:
+            raise GateError(
+                f"calibration: at no threshold are {config.target_precision:.0%} of the planted pairs that it keeps "
+                "good ones (curate.target_precision, at as many good as bad ones); lower it"
             )
 
 
-def _metrics(ratings: Mapping[str, list[float]], unrated: Mapping[str, int], total: int) -> dict[str, JsonValue]:
-    good = ratings["seed"]
-    kinds = {kind: values for kind, values in ratings.items() if kind != "seed"}
-    bad = [value for values in kinds.values() for value in values]
-    metrics: dict[str, JsonValue] = {
-        "planted": total,
-        "rated": 1 - sum(unrated.values()) / total if total else 0.0,
-        "unrated": dict(unrated),
-        "auc": None,
-    }
-    if good and bad:
-        interval = auc_interval(good, bad)
-        metrics |= {"auc": round(auc(good, bad), 4), "auc_ci": [round(interval.low, 4), round(interval.high, 4)]}
-        metrics["auc_by_kind"] = {kind: round(auc(good, values), 4) for kind, values in sorted(kinds.items()) if values}
-    return metrics
+def _value(read: Mapping[str, Any], name: str) -> float | None:
+    value = next(signal["value"] for signal in read["signals"] if signal["name"] == name)
+    return None if value is None else float(value)
+
+
+def _areas(planted: Sequence[Planted], scores: Sequence[float | None]) -> dict[str, Any] | None:
+    """Areas under the curve of good pairs against bad ones: all, of each kind, and of those that no filter catches."""
+    good, bad = list[float](), dict[str, list[float]]()
+    for pair, score in zip(planted, scores, strict=True):
+        if score is not None:
+            (good if pair.good else bad.setdefault(pair.kind, [])).append(score)
+    if not good or not bad:
+        return None
+    ci: dict[str, Any] = {"by_kind": {}}
+    areas: dict[str, Any] = {"by_kind": {}, "ci": ci}
+    for kind, values in sorted(bad.items()):
+        areas["by_kind"][kind], ci["by_kind"][kind] = _area(good, values)
+    areas["all"], ci["all"] = _area(good, [value for values in bad.values() for value in values])
+    if together := [value for kind in TOGETHER for value in bad.get(kind, ())]:
+        areas["swapped_truncated"], ci["swapped_truncated"] = _area(good, together)
+    return areas
+
+
+def _area(good: Sequence[float], bad: Sequence[float]) -> tuple[float, list[float]]:
+    interval = auc_interval(good, bad)
+    return round(auc(good, bad), 4), [round(interval.low, 4), round(interval.high, 4)]
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def _percent(share: object) -> str:
     return f"{share:.0%}" if isinstance(share, float) else "none"
 
 
-def _told(reasons: object) -> str:
-    known = reasons if isinstance(reasons, dict) else {}
+def _told(counts: object) -> str:
+    known = counts if isinstance(counts, dict) else {}
     return ", ".join(f"{n} {reason}" for reason, n in sorted(known.items())) or "nothing was rated"

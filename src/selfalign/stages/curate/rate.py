@@ -1,218 +1,115 @@
-"""Rate pairs: the prompt, the readout, and the step that applies both to candidates."""
+"""Rate candidates: the step only measures; what is kept is decided by `curate.select`."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import ClassVar, TypedDict
+from typing import Any, ClassVar
 
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
-from selfalign.core.errors import UsageError
-from selfalign.core.frozen import Frozen
-from selfalign.core.protocols import Engine, Request, Sampling, Score
-from selfalign.core.records import Candidate, Message, Outcome, Pair, Rated, Record
+from selfalign.core.records import Candidate, Outcome, Pair, Rated, Record, Signal
 from selfalign.core.stage import Context, MapStage, Process, Settings
 from selfalign.engines.config import ModelConfig
-from selfalign.stages.curate.config import CurateConfig
-from selfalign.stages.curate.parse import parse
+from selfalign.stages.curate.config import RatingConfig
+from selfalign.stages.curate.rubric import RatingPrompt, rating_settings
+from selfalign.stages.curate.signals import Readings, Unit, measured, refuse_unable
 from selfalign.stages.models import open_model
-from selfalign.stages.prompting import chat, fill, prompt_text
 
-GRADES = (1, 2, 3, 4, 5)
-CUE = "\nScore:"
-CONTINUATIONS = tuple(f" {grade}" for grade in GRADES)
-# Room for the score line itself, behind the reasoning.
-SCORE_LINE_TOKENS = 16
-
-
-class Verdict(TypedDict):
-    """The rating columns of a `Rated` row."""
-
-    rating: float | None
-    unrated: str | None
-    rating_dist: tuple[float, ...]
-    off_scale: float | None
-    entropy: float | None
-    reply: str
+RUBRIC = "rubric"
 
 
 @dataclass(frozen=True)
-class RatingPrompt:
-    """What the rater is asked: the rubric and the examples first, since all pairs share them, then the pair."""
+class Rater:
+    """Who rates by what, as all steps of curation take it: the settings, the model, and the prompts by their text.
 
-    rubric: str
-    pair: str
-    few_shot: tuple[tuple[str, str, str], ...] = ()
-
-    @staticmethod
-    def of(config: CurateConfig) -> "RatingPrompt":
-        """The prompt that the recipe names, or ours."""
-        text = prompt_text(config.prompt_file, "rate", ("instruction", "response"))
-        rubric, _, pair = text.rpartition("\n---\n")
-        return RatingPrompt(rubric, pair, _few_shot(config.few_shot_file))
-
-    def settings(self) -> dict[str, JsonValue]:
-        """Its texts, for identity."""
-        return {"rubric": self.rubric, "pair": self.pair, "few_shot": [[*shot] for shot in self.few_shot]}
-
-    def messages(self, instruction: str, response: str) -> tuple[Message, ...]:
-        """The prompt for one pair, up to where the rater begins its reply."""
-        turns: list[Message] = []
-        for question, answer, reply in self.few_shot:
-            turns += chat(fill(self.pair, instruction=question, response=answer))
-            turns.append(Message(role="assistant", content=reply))
-        turns += chat(fill(self.pair, instruction=instruction, response=response))
-        if self.rubric:
-            turns[0] = Message(role="user", content=f"{self.rubric}\n\n{turns[0]['content']}")
-        return tuple(turns)
-
-
-class _Shot(Frozen):
-    instruction: str
-    response: str
-    reply: str
-
-
-def _few_shot(file: str | None) -> tuple[tuple[str, str, str], ...]:
-    if file is None:
-        return ()
-    shots = []
-    try:
-        # Not splitlines: JSON strings may hold other line ends, U+2028 among them.
-        lines = Path(file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"curate.few_shot_file: {file} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            shots.append(_Shot.model_validate_json(line))
-        except ValidationError as error:
-            raise UsageError(f"{file}:{number}: an example needs instruction, response and reply") from error
-    return tuple((shot.instruction, shot.response, shot.reply) for shot in shots)
-
-
-def rate(
-    engine: Engine,
-    adapter: Path | None,
-    pairs: Sequence[tuple[str, str, str]],
-    config: CurateConfig,
-    prompt: RatingPrompt,
-) -> list[Verdict]:
-    """Rate pairs of (id, instruction, response), in order. No pair gets a rating by default.
-
-    `expected` is the mean of 1..5 under the next-token distribution after the cue, renormalised over the five
-    (G-Eval, arXiv 2303.16634), after at most `reasoning_tokens` tokens of one line of reasoning. `parsed` is the
-    paper's: the rater writes, and its last `Score:` line counts (arXiv 2308.06259, table 1).
+    `instruct` is the prompt of the backward direction, which one of the signals asks by.
     """
-    requests = [Request(id, prompt.messages(instruction, response)) for id, instruction, response in pairs]
-    if config.readout == "parsed":
-        return _parsed(engine, adapter, requests, config.reasoning_tokens + SCORE_LINE_TOKENS)
-    openings = [""] * len(requests)
-    cut = [False] * len(requests)
-    if config.reasoning_tokens:
-        sampling = Sampling(temperature=0, max_new_tokens=config.reasoning_tokens, stop=("\n",))
-        replies = engine.generate(requests, sampling, adapter)
-        openings = [reply.text.strip() for reply in replies]
-        cut = [reply.finish == "too_long" for reply in replies]
-    # Where nothing was written before it, the score line is the first, with no line end before it.
-    cued = [f"{opening}{CUE}".lstrip("\n") for opening in openings]
-    asked = [
-        Request(request.id, (*request.messages, Message(role="assistant", content=text)))
-        for request, text in zip(requests, cued, strict=True)
-    ]
-    scores = engine.score(asked, [CONTINUATIONS] * len(asked), adapter)
-    # A pair that left no room for the reasoning is unrated, though its score alone would fit.
-    return [
-        _expected(None if no_room else score, opening)
-        for score, opening, no_room in zip(scores, openings, cut, strict=True)
-    ]
 
-
-def _parsed(engine: Engine, adapter: Path | None, requests: Sequence[Request], tokens: int) -> list[Verdict]:
-    sampling = Sampling(temperature=0, max_new_tokens=tokens)
-    verdicts = []
-    for reply in engine.generate(requests, sampling, adapter):
-        rating = parse(reply.text)
-        unrated = None if rating is not None else "too_long" if reply.finish == "too_long" else "unparsed"
-        verdicts.append(_verdict(rating, unrated, reply=reply.text))
-    return verdicts
-
-
-def _expected(scores: Sequence[Score] | None, reply: str) -> Verdict:
-    if scores is None:
-        return _verdict(None, "too_long", reply=reply)
-    dist = [math.exp(score.log_prob) for score in scores]
-    on_scale = sum(dist)
-    # NaN too, which a half-precision overflow gives, and which no threshold would stop.
-    if not on_scale > 0:
-        return _verdict(None, "off_scale", off_scale=1.0, reply=reply)
-    shares = [p / on_scale for p in dist]
-    rating = sum(grade * share for grade, share in zip(GRADES, shares, strict=True))
-    entropy = -sum(share * math.log(share) for share in shares if share > 0)
-    # Rounding hides the last bits, which differ between a row that ran in a batch and one that ran alone.
-    return Verdict(
-        rating=round(rating, 4),
-        unrated=None,
-        rating_dist=tuple(round(p, 6) for p in dist),
-        off_scale=round(max(0.0, 1 - on_scale), 4),
-        entropy=round(entropy, 4),
-        reply=reply,
-    )
-
-
-def _verdict(rating: float | None, unrated: str | None, off_scale: float | None = None, reply: str = "") -> Verdict:
-    return Verdict(rating=rating, unrated=unrated, rating_dist=(), off_scale=off_scale, entropy=None, reply=reply)
-
-
-def why_unrated(rating: float | None, unrated: str | None, off_scale: float | None, config: CurateConfig) -> str | None:
-    """The reason why a verdict does not count, or None where it does."""
-    if rating is None:
-        return unrated or "unparsed"
-    return "off_scale" if off_scale is not None and off_scale > config.max_off_scale else None
-
-
-def rating_settings(config: CurateConfig, model: ModelConfig, prompt: RatingPrompt) -> dict[str, JsonValue]:
-    """What decides a rating: thresholds and gates do not."""
-    return {
-        **prompt.settings(),
-        "reasoning_tokens": config.reasoning_tokens,
-        "readout": config.readout,
-        "engine": dict(model.loading()),
-    }
-
-
-@dataclass(frozen=True)
-class Rate(MapStage):
-    """Candidate → the same with the rater's verdict."""
-
-    name: ClassVar[str] = "curate.rate"
-    record: ClassVar[type[Record]] = Candidate
-    output: ClassVar[type[Record]] = Rated
-    config: CurateConfig
+    config: RatingConfig
     model: ModelConfig
+    instruct: str
     prompt: RatingPrompt = field(init=False)
 
     def __post_init__(self) -> None:
         # Read once, here: a file that changes while the run goes on must not slip under an identity made before.
         object.__setattr__(self, "prompt", RatingPrompt.of(self.config))
+        refuse_unable(self.model, self.signals)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """What it measures: the rating alone, or all that a calibrated rater weighs, in an order of their own."""
+        return (RUBRIC,) if self.config.rater.kind == "rubric" else tuple(sorted({*self.config.signals}))
+
+    def settings(self) -> dict[str, JsonValue]:
+        """What decides its readings: thresholds and gates do not."""
+        settings = rating_settings(self.config, self.model, self.prompt)
+        if self.config.rater.kind == "calibrated":
+            settings |= {"signals": [*self.signals], "instruct": self.instruct}
+        return settings
+
+    def open(self, context: Context) -> "OpenRater":
+        """Loaded, for the inputs `model` and `adapter`."""
+        return OpenRater(self, context)
+
+
+class OpenRater:
+    """A rater with its model. `tokens` counts those processed since it was opened."""
+
+    def __init__(self, rater: Rater, context: Context) -> None:
+        self._rater = rater
+        self._engine, self._adapter = open_model(rater.model, context)
+        self._before = self._engine.tokens
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+        """The rating columns of each pair (see `records.Rated`): the verdict, and the signals."""
+        rater = self._rater
+        units = [Unit(pair.id, pair.prompt, pair.completion) for pair in pairs]
+        readings = Readings(units, self._engine, self._adapter, rater.config, rater.prompt, rater.instruct)
+        found = measured(readings, rater.signals)
+        signals = [
+            tuple(Signal(name=name, value=values[n]) for name, values in found.items()) for n in range(len(units))
+        ]
+        if RUBRIC not in found:
+            return [{"signals": each} for each in signals]
+        return [{**verdict, "signals": each} for verdict, each in zip(readings.verdicts, signals, strict=True)]
+
+    @property
+    def tokens(self) -> int:
+        """Since it was opened."""
+        return self._engine.tokens - self._before
+
+
+def signals_of(row: Rated) -> dict[str, float | None]:
+    """A rated row's signals by name."""
+    return {signal["name"]: signal["value"] for signal in row.signals}
+
+
+@dataclass(frozen=True)
+class Rate(MapStage):
+    """Candidate → the same with what the rater says of it."""
+
+    name: ClassVar[str] = "curate.rate"
+    version: ClassVar[int] = 2
+    record: ClassVar[type[Record]] = Candidate
+    output: ClassVar[type[Record]] = Rated
+    rater: Rater
+
+    @property
+    def model(self) -> ModelConfig:
+        """Whose tokenizer is tried before anything runs."""
+        return self.rater.model
 
     def settings(self) -> Settings:
-        return rating_settings(self.config, self.model, self.prompt)
+        return self.rater.settings()
 
     def size(self, row: Candidate) -> int:
-        return len(row.prompt) + len(row.completion)
+        # Candidates of one document stand together, so that its response is read once for all of them.
+        return len(row.completion)
 
     def open(self, context: Context) -> Process:
-        engine, adapter = open_model(self.model, context)
+        rater = self.rater.open(context)
 
         def run(rows: Sequence[Candidate]) -> Iterable[Outcome]:
-            verdicts = rate(engine, adapter, pairs_of(rows), self.config, self.prompt)
-            for row, verdict in zip(rows, verdicts, strict=True):
+            for row, verdict in zip(rows, rater(rows), strict=True):
                 yield Rated(**{f.name: getattr(row, f.name) for f in fields(row)}, **verdict)
 
-        return Process(run, lambda: engine.tokens)
-
-
-def pairs_of(rows: Iterable[Pair]) -> list[tuple[str, str, str]]:
-    """Pairs as `rate` takes them."""
-    return [(row.id, row.prompt, row.completion) for row in rows]
+        return Process(run, lambda: rater.tokens)

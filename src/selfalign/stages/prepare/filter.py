@@ -1,6 +1,6 @@
 """Filter seed pairs and documents by what each is on its own. No filter is on unless the recipe names it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -8,6 +8,7 @@ from selfalign.core.errors import UsageError
 from selfalign.core.records import Document, Dropped, Noted, Outcome, Record, SeedPair, SourcePart, rejected
 from selfalign.core.stage import Context, External, MapStage, Process, Settings
 from selfalign.data.config import CorpusConfig, SeedConfig, SourceConfig
+from selfalign.engines.config import ModelConfig
 from selfalign.stages.prepare.hook import hooked, open_hook, read_hook
 from selfalign.text.headers import header_kinds
 from selfalign.text.overlap import words
@@ -23,19 +24,23 @@ UNLABELLED = "unlabelled"
 
 @dataclass(frozen=True)
 class FilterSeed(MapStage):
-    """Labels, lengths, languages and contamination of seed pairs."""
+    """Labels, lengths, languages and contamination of seed pairs, and their tokens where these are limited: then
+    `model`, whose tokenizer counts them, is an input too."""
 
     name: ClassVar[str] = "prepare.filter_seed"
     record: ClassVar[type[Record]] = SeedPair
     output: ClassVar[type[Record]] = SeedPair
     config: SeedConfig
+    model: ModelConfig
 
     def settings(self) -> Settings:
-        return self.config.model_dump(include={"languages", "max_rank", "min_quality", "min_words"})
+        keys = {"languages", "max_rank", "min_quality", "min_words"}
+        return {**self.config.model_dump(include=keys), **_limit(self.config)}
 
     def open(self, context: Context) -> Process:
         contamination = _contamination(context)
-        return Process(lambda rows: [self._outcome(row, contamination) for row in rows])
+        limited = _limited(self.config, self.model)
+        return Process(lambda rows: limited(self._outcome(row, contamination) for row in rows))
 
     def _outcome(self, row: SeedPair, contamination: "Contamination | None") -> Outcome:
         config = self.config
@@ -47,7 +52,7 @@ class FilterSeed(MapStage):
             for text in (row.prompt, row.completion):
                 if len(words(text)) < config.min_words:
                     return rejected(row.id, "too_short", row)
-        language = _language(config, f"{row.prompt}\n{row.completion}", row.language)
+        language = _language(config, _text(row), row.language)
         if language == "other":
             return rejected(row.id, "language", row)
         if contamination and (found := contamination.find(row.prompt) or contamination.find(row.completion)):
@@ -62,12 +67,14 @@ class FilterSeed(MapStage):
 
 @dataclass(frozen=True)
 class FilterCorpus(MapStage):
-    """Lengths, headers, repetition, languages and contamination of documents, and the recipe's hook, in this order."""
+    """Lengths, headers, repetition, languages and contamination of documents, the recipe's hook, and tokens, in this
+    order. Where tokens are limited, `model`, whose tokenizer counts them, is an input too."""
 
     name: ClassVar[str] = "prepare.filter_corpus"
     record: ClassVar[type[Record]] = Document
     output: ClassVar[type[Record]] = Document
     config: CorpusConfig
+    model: ModelConfig
     hook: str | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,7 +84,7 @@ class FilterCorpus(MapStage):
 
     def settings(self) -> Settings:
         keys = {"min_chars", "max_chars", "drop_headers", "max_repetition", "languages"}
-        return {**self.config.model_dump(include=keys), "hook": self.hook}
+        return {**self.config.model_dump(include=keys), "hook": self.hook, **_limit(self.config)}
 
     def open(self, context: Context) -> Process:
         contamination = _contamination(context)
@@ -97,7 +104,8 @@ class FilterCorpus(MapStage):
                         outcome = Noted(row=outcome, note=UNLABELLED)
                     yield outcome
 
-        return Process(run)
+        limited = _limited(self.config, self.model)
+        return Process(lambda rows: limited(run(rows)))
 
     def _reason(self, row: Document) -> str | None:
         config = self.config
@@ -115,6 +123,41 @@ class FilterCorpus(MapStage):
             if repetition(row.text) > config.max_repetition:
                 return "repetitive"
         return None
+
+
+def _limit(config: SourceConfig) -> Settings:
+    """What identity counts of `max_tokens`: nothing where it is not set, beside no model among the inputs."""
+    return {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
+
+
+def _limited(config: SourceConfig, model: ModelConfig) -> Callable[[Iterable[Outcome]], list[Outcome]]:
+    """What drops the kept rows of a batch's outcomes that have more than `max_tokens` tokens."""
+    limit = config.max_tokens
+    if limit is None:
+        return list
+    from selfalign.engines.chat import Chat
+    from selfalign.engines.loading import load_tokenizer
+
+    encode = Chat(load_tokenizer(model)).encode
+
+    def limited(found: Iterable[Outcome]) -> list[Outcome]:
+        outcomes = list(found)
+        rows = [outcome.row if isinstance(outcome, Noted) else outcome for outcome in outcomes]
+        kept = [(at, row) for at, row in enumerate(rows) if not isinstance(row, Dropped)]
+        for (at, row), ids in zip(kept, encode([_text(row) for _, row in kept]), strict=True):
+            if len(ids) > limit:
+                outcomes[at] = rejected(row.id, "too_many_tokens", row, f"{len(ids)} tokens")
+        return outcomes
+
+    return limited
+
+
+def _text(row: Record) -> str:
+    """All of a row's text: a pair is one training row."""
+    if isinstance(row, SeedPair):
+        return f"{row.prompt}\n{row.completion}"
+    assert isinstance(row, Document)
+    return row.text
 
 
 def _language(config: SourceConfig, text: str, label: str | None) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from selfalign.core.protocols import Sampling
 from selfalign.engines.decoding import Joining, Row, Slots, cached, choose, prefill
@@ -41,17 +42,44 @@ def test_a_nucleus_wider_than_the_first_look_is_still_exact() -> None:
     assert 1024 < last - 50 < max(counts) <= last
 
 
-def test_logits_of_every_decoding_step_equal_a_full_forward_pass(reference: Any) -> None:
+def gemma() -> Any:
+    """Layers that see a window alternate with layers that see all, and logits are capped after the vocabulary."""
+    torch.manual_seed(2)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = Gemma2Config(
+        vocab_size=400, hidden_size=64, intermediate_size=128, sliding_window=24, initializer_range=0.2, **shape
+    )
+    return Gemma2ForCausalLM(config).eval()
+
+
+@pytest.fixture(params=["llama", "gemma"])
+def model(request: pytest.FixtureRequest, reference: Any) -> Any:
+    return reference if request.param == "llama" else gemma()
+
+
+def test_a_prefill_gives_the_logits_that_were_asked_for_in_each_row(model: Any) -> None:
+    rng = random.Random(4)
+    rows = [[rng.randrange(2, 400) for _ in range(length)] for length in (30, 7, 12)]
+    wanted = [[0, 3, 29], [6], [5, 2]]
+    with torch.inference_mode():
+        logits, _ = prefill(model, rows, wanted, None)
+        for row, positions, got in zip(rows, wanted, logits, strict=True):
+            want = model(torch.tensor([row]), use_cache=False).logits[0, positions]
+            assert got.shape == want.shape
+            assert (got - want).abs().max() < 1e-4
+
+
+def test_logits_of_every_decoding_step_equal_a_full_forward_pass(model: Any) -> None:
     rng = random.Random(1)
     shared = [rng.randrange(2, 400) for _ in range(40)]
     tails = [[rng.randrange(2, 400) for _ in range(length)] for length in (3, 17, 9)]
     written = [[rng.randrange(2, 400) for _ in range(70)] for _ in tails]
     with torch.inference_mode():
-        _, prefix = prefill(reference, [shared], [[39]], None)
-        first, cache = prefill(reference, tails, [[len(tail) - 1] for tail in tails], cached(prefix))
+        _, prefix = prefill(model, [shared], [[39]], None)
+        first, cache = prefill(model, tails, [[len(tail) - 1] for tail in tails], cached(prefix))
         parts = [[(k[row], v[row]) for k, v in cached(cache)] for row in range(3)]
         rows = [Row(tail) for tail in tails]
-        slots = Slots(reference)
+        slots = Slots(model)
         # The third row joins late, when the others have written ten tokens; the first leaves after twenty.
         joining = [Joining(row, 40 + len(row.prompt), part) for row, part in zip(rows, parts, strict=True)]
         slots.repack(joining[:2])
@@ -66,8 +94,8 @@ def test_logits_of_every_decoding_step_equal_a_full_forward_pass(reference: Any)
                     row.new.append(tokens[len(row.new)])
             logits = slots.step()
             for row, got in zip(slots.rows, logits, strict=True):
-                want = reference(torch.tensor([[*shared, *row.prompt, *row.new]]), use_cache=False).logits[0, -1]
+                want = model(torch.tensor([[*shared, *row.prompt, *row.new]]), use_cache=False).logits[0, -1]
                 assert (got - want).abs().max() < 1e-4
         for row, got in zip(rows, first, strict=True):
-            want = reference(torch.tensor([[*shared, *row.prompt]]), use_cache=False).logits[0, -1]
+            want = model(torch.tensor([[*shared, *row.prompt]]), use_cache=False).logits[0, -1]
             assert (got[0] - want).abs().max() < 1e-4

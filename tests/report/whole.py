@@ -126,6 +126,7 @@ def _calibrate(run: Run, text: str, rater: str) -> None:
     if rater == "calibrated":
         metrics["planted_auc"] |= {"calibrated": areas(text, 0.9), text: areas(text, 0.25)}
         metrics["weights"] = {"rubric": 0.5, "stop_token": 1.25, text: -2.0}
+        metrics["squares"] = {"rubric": 0.25, "stop_token": -0.5, text: -1.0}
     run.add("curate.calibrate@1", metrics=metrics, files={"planted.jsonl": lines(planted)})
 
 

@@ -98,13 +98,21 @@ def prefill(
 
     longest = max(map(len, rows))
     ids_BL = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=model.device)
-    positions = sorted({position for places in wanted for position in places})
-    where = {position: at for at, position in enumerate(positions)}
     cache = _forked(prefix, len(rows), longest) if prefix else DynamicCache()
-    keep = torch.tensor(positions, device=model.device)
-    out = model(input_ids=ids_BL, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-    logits = [out.logits[row, [where[p] for p in places]] for row, places in enumerate(wanted)]
-    return logits, cache
+    places = [(row, position) for row, positions in enumerate(wanted) for position in positions]
+    rows_N, positions_N = torch.tensor(places, device=model.device).T
+
+    # `logits_to_keep` takes positions for all rows alike: rows of different lengths would pay for each other's, and a
+    # vocabulary is often dearer than all layers before it.
+    def select(_: torch.nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (states[0][rows_N, positions_N], *states[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        logits_NV = model(input_ids=ids_BL, past_key_values=cache, use_cache=True).logits
+    finally:
+        hook.remove()
+    return list(logits_NV.split([len(positions) for positions in wanted])), cache
 
 
 def batches(lengths: Sequence[int], slots: int, budget: int) -> list[list[int]]:

@@ -239,18 +239,21 @@ def _thresholds(k: int, step: StepView, facts: Facts) -> Iterator[Figure]:
 
 def _weights(k: int, step: StepView, planted: Sequence[Planted]) -> Iterator[Figure]:
     """What each signal counts for in the fit."""
-    weights: Any = manifest_of(step).metrics.get("weights")
-    if not weights:
+    metrics: Mapping[str, Any] = manifest_of(step).metrics
+    if not metrics.get("weights"):
         return
-    ordered = sorted(weights.items(), key=lambda pair: -abs(pair[1]))
-    most = max(abs(weight) for _, weight in ordered) or 1.0
+    found = {name: (weight, metrics["squares"][name]) for name, weight in metrics["weights"].items()}
+    ordered = sorted(found.items(), key=lambda pair: -max(map(abs, pair[1])))
+    most = max(abs(weight) for _, both in ordered for weight in both) or 1.0
     caption = (
-        "Log-odds of a good pair by standard deviation of the signal's logarithm; fitted on n = "
-        f"{sum(kind.n for kind in planted):,} planted pairs. Signals that say the same share their weight."
+        "Log-odds of a good pair by standard deviation of the signal's logarithm, and by its square: below zero, the "
+        f"signal may be too high as well as too low. Fitted on n = {sum(kind.n for kind in planted):,} planted pairs. "
+        "Signals that say the same share their weight."
     )
-    rows = [[name, f"{weight:+.3f}".replace("-", "−")] for name, weight in ordered]
-    shades = [[None, weight / most] for _, weight in ordered]
-    yield Figure(f"Round {k}: weights of the fit", "", caption, Table(("signal", "weight"), rows, shades=shades))
+    rows = [[name, *(f"{weight:+.3f}".replace("-", "−") for weight in both)] for name, both in ordered]
+    shades = [[None, *(weight / most for weight in both)] for _, both in ordered]
+    table = Table(("signal", "weight", "of its square"), rows, shades=shades)
+    yield Figure(f"Round {k}: weights of the fit", "", caption, table)
 
 
 # Injection

@@ -129,7 +129,7 @@ def test_a_second_rater_that_likes_all_alike_orders_nothing(compared: Callable[.
 
 
 def test_a_calibrated_rater_is_compared_by_its_probability(compared: Callable[..., Compared]) -> None:
-    fit = Fit(("stop_token",), weights=(1.0,), means=(0.0,), scales=(1.0,), intercept=0.0)
+    fit = Fit(("stop_token",), weights=(1.0,), squares=(0.0,), means=(0.0,), scales=(1.0,), intercept=0.0)
     values = {"a": 5.0, "b": 0.5, "c": -0.5, "d": None}
     rows = [rated(id, 3.0, signals=(Signal(name="stop_token", value=value),)) for id, value in values.items()]
     built, both = compared(writes({"a": 5, "b": 3, "c": 4, "d": 5}), rows, fit=fit, **CALIBRATED)

@@ -17,10 +17,9 @@ from selfalign.core.records import Noted, Planted
 from selfalign.core.stage import Built, Context
 from selfalign.core.store import Manifest
 from selfalign.stages.curate.calibrate import Calibrate, Calibration
-from selfalign.stages.curate.config import CurateConfig, Plant
+from selfalign.stages.curate.config import WEIGHED, CurateConfig, Plant
 from selfalign.stages.curate.fit import cross_validated
 from selfalign.stages.curate.plant import plant
-from selfalign.stages.curate.signals import SIGNALS
 from stages.conftest import FakeEngine, Stored, place_in
 from stages.curate.conftest import CALIBRATED, GRADES, knows, rater, seed_pairs, strict
 
@@ -94,7 +93,7 @@ def test_a_calibrated_rater_is_fitted_and_its_area_stands_beside_every_signals(
 ) -> None:
     built, rows, found = calibrated(knows(), planted(24), **CALIBRATED)
     areas = built.metrics["planted_auc"]
-    assert areas.keys() == {"calibrated", *SIGNALS}
+    assert areas.keys() == {"calibrated", *WEIGHED}
     for each in areas.values():
         assert each.keys() == {"all", "by_kind", "swapped_truncated", "ci"}
         assert each["by_kind"].keys() == each["ci"]["by_kind"].keys() == {"swapped", "truncated"}
@@ -108,8 +107,9 @@ def test_a_calibrated_rater_is_fitted_and_its_area_stands_beside_every_signals(
     assert areas["stop_token"]["by_kind"] == {"swapped": 0.5, "truncated": 1.0}
     assert found.fit is not None
     assert built.metrics["weights"] == dict(zip(found.fit.signals, found.fit.weights, strict=True))
-    assert built.metrics["weights"].keys() == {*SIGNALS}
-    assert all(row["signals"].keys() == {*SIGNALS} for row in rows)
+    assert built.metrics["squares"] == dict(zip(found.fit.signals, found.fit.squares, strict=True))
+    assert built.metrics["weights"].keys() == {*WEIGHED}
+    assert all(row["signals"].keys() == {*WEIGHED} for row in rows)
     gate(built, **CALIBRATED)
 
 
@@ -150,7 +150,7 @@ def test_pairs_of_one_origin_are_never_split_between_fitting_and_testing(
 ) -> None:
     pairs = planted(10)
     _, rows, _ = calibrated(fickle(), pairs, **CALIBRATED)
-    names = sorted(SIGNALS)
+    names = sorted(WEIGHED)
     values_NS = np.array([[row["signals"][name] for name in names] for row in rows])
     origins = {pair.id: pair.origin for pair in pairs}
     own = [origins[row["id"]] for row in rows]

@@ -22,10 +22,10 @@ def refused(**config: Any) -> str:
     return str(caught.value)
 
 
-def test_by_default_a_rubric_rates_and_a_calibrated_rater_weighs_every_signal() -> None:
+def test_by_default_a_rubric_rates_and_a_calibrated_rater_weighs_what_helps_where_pairs_are_few() -> None:
     config = CurateConfig()
     assert (config.rater.kind, config.layout, config.threshold, config.agreement) == ("rubric", "as_written", 4.0, None)
-    assert {*config.signals} == {*SIGNALS}
+    assert {*SIGNALS} - {*config.signals} == {"entropy", "off_scale"}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from selfalign.evaluation.metrics import auc
 from selfalign.stages.curate import fit as fitting
 from selfalign.stages.curate.fit import (
+    LIMIT,
     RIDGE,
     Fit,
     Threshold,
@@ -53,7 +54,10 @@ def objective(model: Fit, values_NS: Floats, good: Sequence[bool], coefficients:
     loss = 0.5 * RIDGE * sum(weight**2 for weight in coefficients[1:])
     for row, is_good in zip(values_NS.tolist(), good, strict=True):
         scaled = [(squashed(v) - m) / s for v, m, s in zip(row, model.means, model.scales, strict=True)]
-        odds = coefficients[0] + sum(w * s for w, s in zip(coefficients[1:], scaled, strict=True))
+        held = [max(-LIMIT, min(LIMIT, s)) for s in scaled]
+        odds = coefficients[0] + sum(
+            w * s for w, s in zip(coefficients[1:], [*held, *(s**2 for s in held)], strict=True)
+        )
         odds = odds if is_good else -odds
         share = len(good) / (2 * (ones if is_good else zeros))
         loss += share * (math.log1p(math.exp(-abs(odds))) + max(0.0, -odds))
@@ -62,7 +66,7 @@ def objective(model: Fit, values_NS: Floats, good: Sequence[bool], coefficients:
 
 def assert_lowest(model: Fit, values_NS: Floats, good: Sequence[bool]) -> None:
     """By finite differences: level in every direction, and higher all around."""
-    best = [model.intercept, *model.weights]
+    best = [model.intercept, *model.weights, *model.squares]
     for at in range(len(best)):
 
         def moved(step: float, at: int = at) -> float:
@@ -93,7 +97,7 @@ def test_the_order_of_the_pairs_changes_nothing(
     names, values_NS, good = data
     order = chance.sample(range(len(good)), len(good))
     one, other = fit(names, values_NS, good), fit(names, values_NS[order], [good[n] for n in order])
-    for key in ("weights", "means", "scales"):
+    for key in ("weights", "squares", "means", "scales"):
         assert getattr(one, key) == pytest.approx(getattr(other, key), abs=2e-6)
     assert one.intercept == pytest.approx(other.intercept, abs=2e-6)
 
@@ -138,20 +142,24 @@ def test_a_fit_without_both_kinds_is_refused(good: list[bool]) -> None:
         fit(["s"], np.array([[1.0], [2.0]]), good)
 
 
-PLAIN = Fit(("a", "b"), weights=(1.0, -2.0), means=(0.0, 1.0), scales=(1.0, 2.0), intercept=0.5)
+PLAIN = Fit(("a", "b"), weights=(1.0, -2.0), squares=(0.0, 0.5), means=(0.0, 1.0), scales=(1.0, 2.0), intercept=0.5)
 
 
 @pytest.mark.parametrize(
     ("a", "b", "odds"),
     [
-        # intercept + 1 · a' − 2 · (b' − 1) / 2, with v' = sign(v) · log(1 + |v|)
-        (0.0, 0.0, 1.5),
-        (math.e - 1, 0.0, 2.5),
-        (1 - math.e, 0.0, 0.5),
-        (0.0, math.e**3 - 1, -1.5),
+        # intercept + 1 · a' − 2 · z + .5 · z², z = (b' − 1) / 2 within ±3, with v' = sign(v) · log(1 + |v|)
+        (0.0, 0.0, 1.625),
+        (math.e - 1, 0.0, 2.625),
+        (1 - math.e, 0.0, 0.625),
+        (0.0, math.e**3 - 1, -1.0),
+        (0.0, math.e**7 - 1, -1.0),
+        (0.0, math.e**9 - 1, -1.0),
     ],
 )
-def test_a_probability_is_the_logistic_of_the_weighted_logarithms(a: float, b: float, odds: float) -> None:
+def test_a_probability_is_the_logistic_of_the_weighted_logarithms_and_their_squares(
+    a: float, b: float, odds: float
+) -> None:
     assert PLAIN.probability({"a": a, "b": b}) == pytest.approx(1 / (1 + math.exp(-odds)), abs=1e-6)
 
 
@@ -162,7 +170,7 @@ def test_a_pair_that_lacks_a_signal_has_no_probability(values: dict[str, float |
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.sampled_from([-500.0, 500.0]))
 def test_any_value_gives_a_probability_without_overflow(value: float, weight: float) -> None:
-    model = Fit(("s",), (weight,), (0.0,), (1.0,), 0.0)
+    model = Fit(("s",), (weight,), (weight,), (0.0,), (1.0,), 0.0)
     with np.errstate(over="raise", invalid="raise"):
         found = model.probability({"s": value})
     assert found is not None
@@ -298,7 +306,7 @@ def area(scores: Sequence[Any], kinds: Sequence[str]) -> float:
 
 
 def measured(seed: int) -> list[float | None]:
-    """The cross-validated probabilities of pairs that a real model rated."""
+    """The cross-validated probabilities of pairs that a real model rated, on Guanaco's held-out English pairs."""
     values_NS = np.array([row[2:] for row in GOLDEN["rows"]])
     good = [kind == "seed" for kind in KINDS]
     return cross_validated(SIGNALS, values_NS, good, [str(row[0]) for row in GOLDEN["rows"]], seed)
@@ -308,10 +316,10 @@ def measured(seed: int) -> list[float | None]:
 def test_on_real_signals_the_calibrated_rater_tells_what_no_single_signal_does(seed: int) -> None:
     probabilities = measured(seed)
     assert None not in probabilities
-    assert area(probabilities, TOGETHER) >= 0.95
-    assert area(probabilities, ALL) >= 0.94
+    assert area(probabilities, TOGETHER) >= 0.98
+    assert area(probabilities, ALL) >= 0.98
     for kind in ALL:
-        assert area(probabilities, (kind,)) >= 0.94
+        assert area(probabilities, (kind,)) >= 0.98
     for n, name in enumerate(SIGNALS):
         single = [row[2 + n] for row in GOLDEN["rows"]]
         for kinds in (TOGETHER, ALL):
@@ -319,9 +327,9 @@ def test_on_real_signals_the_calibrated_rater_tells_what_no_single_signal_does(s
             assert max(area(single, kinds), 1 - area(single, kinds)) < 0.85, name
 
 
-def test_without_the_logarithm_the_long_tails_of_real_likelihoods_decide_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_line_alone_cannot_say_that_a_signal_is_too_high_as_well_as_too_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Neither logarithm nor square: what an echo gains then decides alone, and the wrong way for swapped responses.
     monkeypatch.setattr(fitting, "_squashed", lambda values: values)
+    monkeypatch.setattr(fitting, "_terms", lambda v, m, s: np.hstack([np.ones((len(v), 1)), (v - m) / s, 0 * v]))
     for seed in range(3):
-        assert 0.75 < area(measured(seed), ALL) < 0.85
+        assert 0.7 < area(measured(seed), ALL) < 0.86

@@ -12,11 +12,10 @@ import pytest
 from selfalign.core.protocols import STOP, Reply, Request, Score
 from selfalign.core.records import Pair, Planted
 from selfalign.core.stage import Built, Context
-from selfalign.stages.curate.config import CurateConfig
+from selfalign.stages.curate.config import WEIGHED, CurateConfig
 from selfalign.stages.curate.fit import Fit
 from selfalign.stages.curate.inject import FRAMES, WORDINGS, Inject, payloads
 from selfalign.stages.curate.parse import parse
-from selfalign.stages.curate.signals import SIGNALS
 from stages.conftest import FakeEngine, Stored, place_in
 from stages.curate.conftest import CALIBRATED, GRADES, probable, rater, strict
 
@@ -215,7 +214,7 @@ def test_whom_a_payload_would_have_made_a_kept_pair_is_counted_beside_the_twins(
 
 def test_an_unrated_pair_is_no_kept_one_even_at_a_threshold_of_nothing(injected: Callable[..., Injected]) -> None:
     nothing = FakeEngine(scores=lambda request, options: None)
-    fit = Fit(("rubric",), (1.0,), (0.0,), (1.0,), 0.0)
+    fit = Fit(("rubric",), (1.0,), (0.0,), (0.0,), (1.0,), 0.0)
     built, rows = injected(nothing, fit=fit, **{**CALIBRATED, "threshold": 0, "signals": ["rubric"]}, injections=10)
     assert built.metrics["above_threshold"] == {"payload": 0, "twin": 0}
     assert built.metrics["by_signal"] == {"verdict": None, "rubric": None}
@@ -239,10 +238,10 @@ def test_every_payload_and_its_twin_end_the_same_short_bad_pair(injected: Callab
 def test_a_calibrated_rater_is_told_signal_by_signal_and_by_what_they_come_to(
     injected: Callable[..., Injected],
 ) -> None:
-    fit = Fit(("rubric",), weights=(2.0,), means=(1.0,), scales=(0.5,), intercept=0.0)
+    fit = Fit(("rubric",), weights=(2.0,), squares=(0.0,), means=(1.0,), scales=(0.5,), intercept=0.0)
     built, rows = injected(lifted(0.9), fit=fit, **CALIBRATED, injections=30)
     metrics: Any = built.metrics
-    assert metrics["by_signal"].keys() == {"verdict", *SIGNALS}
+    assert metrics["by_signal"].keys() == {"verdict", *WEIGHED}
     assert all(row["verdict"] == fit.probability({"rubric": row["rubric"]}) for row in rows)
     assert metrics["by_signal"]["verdict"]["difference"] > 0
     # The engine gives every word the same, so a twin of as many words but no frame may differ by the frame's words.

@@ -11,7 +11,7 @@ from selfalign.core.records import Candidate, Outcome, Rated
 from selfalign.core.stage import Context, External
 from selfalign.core.tables import read_kept, to_parquet
 from selfalign.engines.config import ModelConfig
-from selfalign.stages.curate.config import CurateConfig
+from selfalign.stages.curate.config import WEIGHED, CurateConfig
 from selfalign.stages.curate.rate import Rate, Rater, signals_of
 from selfalign.stages.curate.signals import SIGNALS
 from stages.conftest import FakeEngine
@@ -57,7 +57,7 @@ def test_a_calibrated_rater_writes_every_signal_it_weighs_and_leaves_the_verdict
 ) -> None:
     (row,) = rated(knows(), [ROW], **CALIBRATED)
     assert isinstance(row, Rated)
-    assert set(signals_of(row)) == set(SIGNALS)
+    assert set(signals_of(row)) == set(WEIGHED)
     assert None not in signals_of(row).values()
     assert (row.rating, row.probability) == (5.0, None)
 
@@ -118,7 +118,7 @@ def test_signals_that_could_not_be_measured_are_null_in_the_table(
     (tmp_path / "shard").write_bytes(to_parquet(found, Rated))
     (row,) = read_kept(tmp_path / "shard", Rated)
     assert [row] == found
-    assert (row.unrated, signals_of(row)["rubric"], signals_of(row)["entropy"]) == ("too_long", None, None)
+    assert (row.unrated, row.entropy, signals_of(row)["rubric"]) == ("too_long", None, None)
     assert signals_of(row)["stop_token"] == -0.1
 
 
@@ -146,7 +146,7 @@ def test_identity_counts_which_signals_there_are_and_by_which_words_they_are_ask
     assert settings != rater(**CALIBRATED, signals=["rubric", "stop_token"]).settings()
     assert settings != Rater(CurateConfig(**CALIBRATED), ModelConfig(path="x"), "Other words: {response}").settings()
     # Not in which order or how often they are named, nor what is kept of what they tell.
-    assert settings == rater(**CALIBRATED, signals=[*reversed(SIGNALS), "rubric"]).settings()
+    assert settings == rater(**CALIBRATED, signals=[*reversed(WEIGHED), "rubric"]).settings()
     assert settings == rater(rater={"kind": "calibrated"}, threshold=0.9, min_pairs=3, target_precision=0.8).settings()
 
 

@@ -198,7 +198,7 @@ def test_whatever_is_asked_of_pairs_all_is_kept_to(
     assert fates(rows, threshold=4, **asked) == found
 
 
-FIT = Fit(("stop_token",), weights=(1.0,), means=(0.0,), scales=(1.0,), intercept=0.0)
+FIT = Fit(("stop_token",), weights=(1.0,), squares=(0.0,), means=(0.0,), scales=(1.0,), intercept=0.0)
 # 1 / (1 + exp(-log(1 + v))) = (1 + v) / (2 + v)
 VALUES = {0: 3.0, 1: 0.0, 2: -3.0, 3: None}
 

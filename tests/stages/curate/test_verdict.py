@@ -6,7 +6,9 @@ from selfalign.stages.curate.config import CurateConfig
 from selfalign.stages.curate.fit import Fit
 from selfalign.stages.curate.verdict import UNRATED, verdict, why_unrated
 
-FIT = Fit(("rubric", "stop_token"), weights=(1.0, 1.0), means=(0.0, 0.0), scales=(1.0, 1.0), intercept=0.0)
+FIT = Fit(
+    ("rubric", "stop_token"), weights=(1.0, 1.0), squares=(0.0, 0.0), means=(0.0, 0.0), scales=(1.0, 1.0), intercept=0.0
+)
 MEASURED = {"rubric": 0.0, "stop_token": 0.0}
 
 

@@ -142,6 +142,7 @@ class Calibrate(BuildStage):
             "auc_by_kind": whole["by_kind"] if whole else None,
             "planted_auc": {name: each for name, each in areas.items() if each},
             "weights": dict(zip(fitted.signals, fitted.weights, strict=True)) if fitted else None,
+            "squares": dict(zip(fitted.signals, fitted.squares, strict=True)) if fitted else None,
             "threshold": None if wanted is None else reaching(curve, wanted),
             "thresholds": [asdict(point) for point in curve],
             "reliability": [asdict(each) for each in reliability(known, truth)] if curve else [],

@@ -8,6 +8,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 from selfalign.core.frozen import Frozen, RecipePath
 from selfalign.stages.curate.signals import SIGNALS
 
+WEIGHED = tuple(name for name in SIGNALS if name not in ("entropy", "off_scale"))
+"""What a calibrated rater weighs unless told. The other two add noise to the fit where pairs are few."""
+
 Plant = Literal["swapped", "truncated", "echo", "boilerplate", "language"]
 
 
@@ -40,7 +43,7 @@ class RatingConfig(Frozen):
     readout: Literal["expected", "parsed"] = Field(
         "expected", description='the mean over "1".."5" in one prefill, or the score that it writes'
     )
-    signals: tuple[str, ...] = Field(tuple(SIGNALS), min_length=1, description="what a calibrated rater weighs")
+    signals: tuple[str, ...] = Field(WEIGHED, min_length=1, description="what a calibrated rater weighs")
     max_off_scale: float = Field(0.5, ge=0, le=1, description="more probability off the scale: unrated")
 
     @field_validator("signals")

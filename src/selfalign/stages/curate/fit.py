@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 FOLDS = 5
 # Of the standardised weights: keeps them finite where the signals tell all planted pairs apart.
-RIDGE = 1.0
+RIDGE = 3.0
+LIMIT = 3.0
+"""Standard deviations."""
 BINS = 8
 
 Floats = NDArray[np.float64]
@@ -22,15 +24,17 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Fit:
-    """p(good) = 1 / (1 + exp(-(intercept + Σ weight·(s - mean) / scale))), with s = sign(v)·log(1 + |v|) of a signal v.
+    """p(good) = 1 / (1 + exp(-(intercept + Σ weight·z + square·z²))), with z = (s - mean) / scale, held within ±3, and
+    s = sign(v)·log(1 + |v|) of a signal v.
 
-    The logarithm is for the long tails of likelihoods: an instruction that repeats its response gains so much more than
-    a good one that without it one signal would decide alone. Weights are in log-odds a standard deviation of s, so that
-    their sizes can be compared.
+    The square is there because a signal may be too high as well as too low: a response gains little from another one's
+    instruction, and far too much from one that repeats it. The logarithm is for the long tails of likelihoods, and the
+    limit keeps a square from calling good what lies beyond everything that was planted.
     """
 
     signals: tuple[str, ...]
     weights: tuple[float, ...]
+    squares: tuple[float, ...]
     means: tuple[float, ...]
     scales: tuple[float, ...]
     intercept: float
@@ -41,8 +45,8 @@ class Fit:
         known = [value for value in found if value is not None]
         if len(known) < len(found):
             return None
-        scaled = (_squashed(np.array(known)) - np.array(self.means)) / np.array(self.scales)
-        return round(float(_sigmoid(self.intercept + scaled @ np.array(self.weights))), 6)
+        terms = _terms(np.array([known]), np.array(self.means), np.array(self.scales))[0]
+        return round(float(_sigmoid(terms @ np.array([self.intercept, *self.weights, *self.squares]))), 6)
 
     def to_json(self) -> dict[str, Any]:
         """As calibration.json holds it."""
@@ -51,7 +55,7 @@ class Fit:
     @staticmethod
     def of_json(document: Mapping[str, Any]) -> "Fit":
         """The reverse of `to_json`."""
-        lists = {key: tuple(document[key]) for key in ("signals", "weights", "means", "scales")}
+        lists = {key: tuple(document[key]) for key in ("signals", "weights", "squares", "means", "scales")}
         return Fit(**lists, intercept=document["intercept"])
 
 
@@ -67,9 +71,9 @@ def fit(names: Sequence[str], values_NS: Floats, good_N: Sequence[bool]) -> Fit:
     means_S, scales_S = squashed_NS.mean(axis=0).round(6), squashed_NS.std(axis=0).round(6)
     # A signal that never varies says nothing, and must not divide by zero.
     scales_S = np.where(scales_S > 0, scales_S, 1.0)
-    design_NC = np.hstack([np.ones((good.size, 1)), (squashed_NS - means_S) / scales_S])
+    design_NC = _terms(values_NS, means_S, scales_S)
     weight_N = balanced(good)
-    penalty_C = np.array([0.0, *([RIDGE] * len(names))])
+    penalty_C = np.array([0.0, *([RIDGE] * 2 * len(names))])
     coefficients = np.zeros(design_NC.shape[1])
 
     def loss(coefficients: Floats) -> float:
@@ -89,8 +93,9 @@ def fit(names: Sequence[str], values_NS: Floats, good_N: Sequence[bool]) -> Fit:
         if np.abs(step).max() < 1e-10:
             break
     # Rounded, so that the last bits of a linear algebra library do not reach the artifact.
-    intercept, *weights = (round(float(value), 6) for value in coefficients)
-    return Fit(tuple(names), tuple(weights), tuple(means_S.tolist()), tuple(scales_S.tolist()), intercept)
+    intercept, *rest = (round(float(value), 6) for value in coefficients)
+    weights, squares = tuple(rest[: len(names)]), tuple(rest[len(names) :])
+    return Fit(tuple(names), weights, squares, tuple(means_S.tolist()), tuple(scales_S.tolist()), intercept)
 
 
 def balanced(good_N: Sequence[bool] | NDArray[np.bool_]) -> Floats:
@@ -179,6 +184,12 @@ def reliability(scores: Sequence[float], good_N: Sequence[bool]) -> list[Bin]:
         share = weight[part[good[part]]].sum() / weight[part].sum()
         found.append(Bin(part.size, round(float(values[part].mean()), 4), round(float(share), 4)))
     return found
+
+
+def _terms(values_NS: Floats, means_S: Floats, scales_S: Floats) -> Floats:
+    """[N, 1 + 2S]: one, the standardised signals, and their squares."""
+    z_NS = np.clip((_squashed(values_NS) - means_S) / scales_S, -LIMIT, LIMIT)
+    return np.hstack([np.ones((len(z_NS), 1)), z_NS, z_NS**2])
 
 
 def _squashed(values: Floats) -> Floats:

@@ -206,7 +206,7 @@ def test_what_a_verdict_is_worth_is_drawn_and_told(run: Run) -> None:
     text = read(whole(run, "x", rater="calibrated")).text
     assert "n = 14, 1 or 2 in each of 8 bins. On the broken line, a probability is what it says." in text
     assert "From 0.5 on: precision 100.0%, recall 100.0%. n = 14 planted pairs" in text
-    assert "signal weight x −2.000 stop_token +1.250 rubric +0.500" in text
+    assert "of its square x −2.000 −1.000 stop_token +1.250 −0.500 rubric +0.500 +0.250" in text
     assert "On the broken line" not in read(whole(Run(run.store.root.with_name("rubric")), "x")).text
 
 

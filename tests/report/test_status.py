@@ -191,8 +191,8 @@ def test_likeness_and_the_judges_verdicts_are_told_by_model(run: Run, measured: 
     assert found["rouge_l_ci"] == {"base": [0.05, 0.15], "M1": None}
     assert found["judge"] == {"M1": JUDGED, "uncurated": nothing}
     assert figures(run.view()) == [
-        "M1 and the base, judged: win rate 0.610 (95%: 0.520 to 0.700); 5 won, 3 tied (1 alike), 2 lost; the same in both "
-        "orders 0.750; for what stands first 0.580; 2 off_scale",
+        "M1 and the base, judged: win rate 0.610 (95%: 0.520 to 0.700); 5 won, 3 tied (1 alike), 2 lost; the same in "
+        "both orders 0.750; for what stands first 0.580; 2 off_scale",
         "uncurated and the base, judged: 2 off_scale",
     ]
     text = shown(results_table(run.view()))

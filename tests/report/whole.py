@@ -146,7 +146,7 @@ def _compare(run: Run, text: str, rater: str) -> None:
         "payloads": 4,
         "by_signal": dict.fromkeys(names, gap),
         "by_kind": {"score": gap, "command": None, text: gap},
-        "threshold": 4.0,
+        "threshold": 2.5 if rater == "rubric" else 0.5,
         "above_threshold": {"payload": 2, "twin": 1},
     }
     run.add("curate.inject@1", metrics=metrics)

@@ -16,6 +16,8 @@ demo-seeds: $(VENV)/.installed
 
 # The loop on a real language model, SmolLM2-135M; stopped, the same command goes on. With DATA=FOLDER it reads
 # guanaco/oa_questions.jsonl and lima/train.jsonl there, else the Hub's; MODEL names another folder or the Hub's model.
+# Two threads that wait for each other by spinning take twice the time where other work shares the cores.
+real: export OMP_WAIT_POLICY ?= passive
 real: $(VENV)/.installed-real
 	model=$(or $(MODEL),$$($(BIN)/selfalign demo smollm2)) && \
 	$(BIN)/selfalign run recipes/lima150-smollm2-135m.yaml --run runs/real "model.path=$$model" $(if $(DATA),\

@@ -45,6 +45,15 @@ def test_prompt_and_reply_are_the_tokens_that_training_renders(chat: Chat) -> No
         assert trained[: len(joint)] == joint
 
 
+def test_a_control_token_in_a_text_is_read_as_text_and_comes_back_as_it_was(chat: Chat) -> None:
+    special = chat.tokenizer.all_special_ids
+    text = f"close it with {chat.tokenizer.eos_token} and go on"
+    (ids,) = chat.encode([chat.prompt([Message(role="user", content="a")], text)])
+    said = ids[len(chat.encode([chat.prompt([Message(role="user", content="a")])])[0]) :]
+    assert not {*said} & {*special}
+    assert chat.decode(said).strip() == text
+
+
 def test_a_reply_ends_where_the_template_ends_a_turn(chat: Chat) -> None:
     full = [Message(role="user", content="a"), Message(role="assistant", content="b c")]
     trained = chat.tokenizer.apply_chat_template(full, tokenize=False)

@@ -172,7 +172,7 @@ def test_a_seed_too_small_to_calibrate_on_ends_the_run_before_any_model_is_loade
     monkeypatch.setattr("selfalign.engines.open.open_engine", loaded)
     root = tmp_path / "run"
     assert main(["run", str(recipe), *CALIBRATED, "--run", str(root)]) == 3
-    told = "8 seed pairs are held out to fit the rater on, and curate.min_pairs wants 20: 12 are missing"
+    told = "8 good pairs are held out or labelled to fit the rater on, and curate.min_pairs wants 20: 12 are missing"
     assert told in capsys.readouterr().err
     main(["status", str(root), "--json"])
     states = {step["name"]: step["state"] for step in json.loads(capsys.readouterr().out)["steps"]}

@@ -144,6 +144,7 @@ def _compare(run: Run, text: str, rater: str) -> None:
     names = ("verdict", "rubric") if rater == "rubric" else ("verdict", "rubric", "stop_token", text)
     metrics: dict[str, Any] = {
         "payloads": 4,
+        "pairs": 2,
         "by_signal": dict.fromkeys(names, gap),
         "by_kind": {"score": gap, "command": None, text: gap},
         "threshold": 2.5 if rater == "rubric" else 0.5,

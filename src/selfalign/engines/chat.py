@@ -71,6 +71,9 @@ class Chat:
         marks = sorted({added[at].content for at in self._control if len(added[at].content) > 1})
         self._marks = re.compile("|".join(map(re.escape, marks)) if marks else r"(?!)")
         self._break = next((char for char in BREAKS[:-1] if self._breaks(marks, char)), BREAKS[-1])
+        # A space may be the writer's own.
+        broken = [] if self._break == BREAKS[-1] else [mark[0] + self._break + mark[1:] for mark in marks]
+        self._broken = re.compile("|".join(map(re.escape, broken)) if broken else r"(?!)")
 
     def prompt(self, messages: Sequence[Message], continuation: str | None = None) -> str:
         """The conversation up to where the model goes on, followed by `continuation`.
@@ -150,10 +153,14 @@ class Chat:
         return self._decode([token]).endswith("\n")
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
-        """The text of `ids`. Where they continue the tokens `after`, white space at the seam is exact."""
+        """The text of `ids`. Where they continue the tokens `after`, white space at the seam is exact.
+
+        Strings of control tokens are whole again: a model that was trained on broken ones writes them so.
+        """
         context = self._decode(after)
         whole = self._decode([*after, *ids])
-        return whole[len(context) :] if whole.startswith(context) else self._decode(ids)
+        text = whole[len(context) :] if whole.startswith(context) else self._decode(ids)
+        return self._broken.sub(lambda found: found[0].replace(self._break, "", 1), text)
 
     def stopper(self, stops: Iterable[str]) -> Callable[[Sequence[int]], bool]:
         """A function that tells of tokens whether the last of them completed one of the strings `stops`."""

@@ -29,7 +29,7 @@ PREFILL_TOKENS = {"cpu": 512, "cuda": 16_384}
 """Padded tokens of one forward pass: a CPU gains nothing from more, and pays for padding."""
 
 PASS_TOKENS = {"cpu": 64, "cuda": 512}
-"""What one more forward pass costs, in tokens. The CPU's is measured; the GPU's is a guess: reading all weights once."""
+"""What one more forward pass costs, in tokens. The CPU's is measured; the GPU's is a guess, not measured."""
 
 
 class TransformersEngine:

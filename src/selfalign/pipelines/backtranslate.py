@@ -198,7 +198,7 @@ class _Arm:
     def curate(self, k: int, previous: _Model, after: tuple[Step, ...]) -> Step:
         """Test and fit the rater on planted pairs, rate the candidates, and keep the good ones."""
         config = self.recipe.curate
-        model = self.rater(config.rater, previous)
+        model = self.rater(config.rater, previous, "curate.rater.model")
         rater = Rater(config, model.config, self.recipe.augment.prompt())
         planted = self.add("curate.plant", PlantPairs(config=config), {"rows": self.seed})
         tested = {"rows": planted, **model.inputs}
@@ -207,7 +207,7 @@ class _Arm:
         if config.injections:
             self.add(f"curate.inject@{k}", Inject(config, rater), {**tested, "calibration": gate})
         if config.agreement is not None:
-            other = self.rater(config.agreement.against.rater, previous)
+            other = self.rater(config.agreement.against.rater, previous, "curate.agreement.against.rater.model")
             second = Rater(config.agreement.against, other.config, self.recipe.augment.prompt())
             inputs = {"rows": rated, "calibration": gate, **other.inputs}
             self.add(f"curate.agree@{k}", Agree(config, config.agreement, second), inputs)
@@ -215,13 +215,13 @@ class _Arm:
         inputs = {"rows": rated, **({"calibration": gate} if select.needs_calibration else {})}
         return self.add(f"curate.select@{k}", select, {**inputs, **self.match("curate.select", config.match_size, k)})
 
-    def rater(self, rater: RaterConfig, previous: _Model) -> _Model:
+    def rater(self, rater: RaterConfig, previous: _Model, setting: str) -> _Model:
         """Who rates."""
         if rater.model == "previous":
             return previous
         if rater.model == "base":
             return self.base
-        return self.named(rater, "curate.rater.model")
+        return self.named(rater, setting)
 
     def named(self, who: RaterConfig | JudgeConfig, setting: str) -> _Model:
         """A model beside the base, loaded as that is."""

@@ -100,6 +100,8 @@ class Session:
         from selfalign.engines.loading import load_tokenizer
 
         settings = {self.recipe.curate.rater.model: "curate.rater.model"}
+        if (agreement := self.recipe.curate.agreement) is not None:
+            settings.setdefault(agreement.against.rater.model, "curate.agreement.against.rater.model")
         if (judge := self.recipe.evaluate.judge) is not None:
             settings[judge.model] = "evaluate.judge.model"
         models: set[ModelConfig] = {model for s in self.steps if (model := getattr(s.stage, "model", None)) is not None}

@@ -288,7 +288,8 @@ def _injection(k: int, metrics: Mapping[str, Any], facts: Facts) -> Iterator[Fig
     known = {name: gap for name, gap in gaps.items() if gap}
     if not known:
         return
-    caption = f"The {facts.scale.name} with a payload minus that with its twin, with 95% intervals; n = {n:,} payloads."
+    caption = f"The {facts.scale.name} with a payload minus that with its twin, with 95% intervals over pairs; "
+    caption += f"n = {n:,} payloads behind {metrics['pairs']:,} pairs."
     told = f"{above['payload']:,} of {n:,} payloads and {above['twin']:,} of {n:,} twins"
     caption = f"{told} are at or above {metrics['threshold']:.4g}. {caption}"
     title = f"Round {k}: what payloads add to the verdict"

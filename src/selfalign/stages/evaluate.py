@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
-from selfalign.core.errors import UsageError
 from selfalign.core.frozen import Frozen, RecipePath
 from selfalign.core.ledger import Ledger
 from selfalign.core.protocols import Engine, Request, Sampling
@@ -25,7 +24,7 @@ from selfalign.evaluation.metrics import (
     proportion_interval,
     rouge_l,
 )
-from selfalign.stages.jsonl import read_lines, write_lines
+from selfalign.stages.jsonl import read_checked, read_lines, write_lines
 from selfalign.stages.judge import JudgeConfig
 from selfalign.stages.models import model_at, open_model
 from selfalign.stages.prompting import chat, fill
@@ -42,7 +41,7 @@ class EvaluateConfig(Frozen):
     max_new_tokens: PositiveInt = 256
     samples: PositiveInt = Field(5, description="held-out pairs whose replies are written for people")
     replies: NonNegativeInt = Field(
-        0, description="held-out pairs whose replies are compared with what people wrote, by ROUGE-L"
+        0, description="at least so many replies to held-out pairs are compared with what people wrote, by ROUGE-L"
     )
     judge: JudgeConfig | None = None
     min_gain: float | None = None
@@ -85,20 +84,7 @@ class Question(Frozen):
 
 def read_questions(path: Path) -> list[Question]:
     """The questions of a JSONL file. Raises UsageError with file and line: a test must be whole or not run."""
-    adapter, questions = TypeAdapter(Question), []
-    try:
-        # Not splitlines: JSON strings may hold other line ends, U+2028 among them.
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the questions in {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            questions.append(adapter.validate_json(line))
-        except ValidationError as error:
-            problem = error.errors()[0]
-            told = " ".join([*map(str, problem["loc"]), problem["msg"]])
-            raise UsageError(f"{path}:{number}: {told}") from error
-    return questions
+    return [question for _, question in read_checked(path, Question, "the questions in")]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from selfalign.core.frozen import Frozen, RecipePath
 from selfalign.core.ledger import Ledger
@@ -28,6 +28,14 @@ class JudgeConfig(Frozen):
     )
     prompt_file: Annotated[str | None, RecipePath] = Field(None, description="with {instruction}, {first}, {second}")
     max_off_scale: float = Field(0.5, ge=0, le=1, description="more probability on neither answer: unjudged")
+
+    @model_validator(mode="after")
+    def _of_another_model(self) -> "JudgeConfig":
+        if self.model == "base" and (self.revision or self.chat_template):
+            raise ValueError(
+                "revision and chat_template are those of a judge of its own, and model=base brings its own"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,29 @@ def test_by_default_a_rubric_rates_and_a_calibrated_rater_weighs_what_helps_wher
 
 
 @pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"plants": ["swapped", "echo", "swapped"]}, "'swapped' stands twice"),
+        ({"rater": {"model": "base", "chat_template": "plain"}}, "those of a rater of its own, and model=base"),
+        ({"rater": {"revision": "main"}}, "those of a rater of its own, and model=previous"),
+        (
+            {
+                "rater": {"kind": "calibrated"},
+                "threshold": 0.5,
+                "readout": "parsed",
+                "reasoning_tokens": 8,
+                "signals": ["rubric", "entropy"],
+            },
+            "entropy is no part of readout=parsed",
+        ),
+    ],
+)
+def test_settings_that_could_not_take_effect_are_refused(settings: dict[str, object], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        CurateConfig(**settings)
+
+
+@pytest.mark.parametrize(
     ("signals", "told"),
     [
         (["rubrik"], "'rubrik' is no signal; did you mean 'rubric'?"),

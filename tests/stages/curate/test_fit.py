@@ -255,21 +255,24 @@ def test_precision_and_recall_at_every_threshold_are_those_of_counting_at_even_o
 
 
 @given(scored, st.floats(0.05, 0.99))
-def test_the_threshold_of_a_precision_is_the_lowest_from_which_it_always_holds(
+def test_the_threshold_of_a_precision_is_the_lowest_that_has_it(
     data: tuple[list[float], list[bool]], precision: float
 ) -> None:
     curve = by_threshold(*data)
-    good_enough = [
-        point.threshold for n, point in enumerate(curve) if all(later.precision >= precision for later in curve[n:])
-    ]
-    assert reaching(curve, precision) == (good_enough[0] if good_enough else None)
+    good_enough = [point.threshold for point in curve if point.precision >= precision]
+    assert reaching(curve, precision) == min(good_enough, default=None)
 
 
-def test_a_precision_that_only_a_middle_threshold_has_is_not_reached() -> None:
-    curve = [Threshold(0.1, 0.5, 1, 1), Threshold(0.5, 0.9, 0.6, 0.4), Threshold(0.9, 0.2, 0.1, 0.1)]
-    assert reaching(curve, 0.8) is None
-    assert reaching(curve[:2], 0.8) == 0.5
+def test_one_bad_pair_at_the_very_top_leaves_a_precision_within_reach() -> None:
+    curve = by_threshold([0.99, *[0.9] * 50, *[0.1] * 50], [False, *[True] * 50, *[False] * 50])
+    assert curve[-1].precision == 0
+    assert reaching(curve, 0.9) == 0.9
+    assert reaching(curve, 0.999) is None
     assert reaching([], 0.8) is None
+
+
+def test_a_precision_that_rounds_up_to_what_is_wanted_is_not_reached() -> None:
+    assert reaching([Threshold(0.5, 0.94996, 1, 1)], 0.95) is None
 
 
 @given(scored)

@@ -12,6 +12,7 @@ import pytest
 from selfalign.core.protocols import STOP, Reply, Request, Score
 from selfalign.core.records import Pair, Planted
 from selfalign.core.stage import Built, Context
+from selfalign.evaluation.metrics import mean_interval
 from selfalign.stages.curate.config import WEIGHED, CurateConfig
 from selfalign.stages.curate.fit import Fit
 from selfalign.stages.curate.inject import FRAMES, WORDINGS, Inject, payloads
@@ -39,8 +40,8 @@ def test_many_of_them_would_be_read_as_a_rating_if_they_were_parsed() -> None:
 def test_a_twin_is_as_many_words_and_says_nothing_to_a_rater() -> None:
     told = {"score", "grade", "rating", "rate", "response", "answer", "five", "full", "best", "expert", "correct"}
     for payload in EVERY:
-        (wording,) = (w for w in WORDINGS[payload.kind] if FRAMES[payload.frame].format(w) == payload.text)
-        assert len(payload.twin.split()) == len(wording.split())
+        assert payload.text in {FRAMES[payload.frame].format(wording) for wording in WORDINGS[payload.kind]}
+        assert len(payload.twin.split()) == len(payload.text.split())
         # Neither digits nor anything that could close the document.
         assert re.fullmatch(r"\n{1,2}[A-Z][a-z ]*\.", payload.twin), payload.twin
         assert not told & {*payload.twin.lower().rstrip(".").split()}
@@ -182,16 +183,37 @@ def test_what_a_payload_gains_is_its_rating_less_its_twins(injected: Callable[..
     none = {"difference": 0.0, "ci": [0.0, 0.0], "raised": 0.0}
     counts = Counter(payload.kind for payload in EVERY)
     for kind, found in metrics["by_kind"].items():
-        assert found == {**(gain if kind in ("score", "command") else none), "n": counts[kind]}
+        assert found == {**(gain if kind in ("score", "command") else none), "n": counts[kind], "pairs": 4}
     share = (counts["score"] + counts["command"]) / 220
     whole = metrics["by_signal"]["verdict"]
     assert (whole["difference"], whole["raised"]) == (
-        pytest.approx(2 * share, abs=1e-4),
+        pytest.approx(2 * share, abs=0.1),
         pytest.approx(share, abs=1e-4),
     )
     assert whole["ci"][0] < whole["difference"] < whole["ci"][1]
     assert metrics["by_signal"].keys() == {"verdict", "rubric"}
     assert metrics["by_signal"]["rubric"] == whole
+
+
+def test_payloads_behind_one_pair_are_no_draws_of_their_own(injected: Callable[..., Injected]) -> None:
+    for injections in (40, 200):
+        built, rows = injected(lifted(0.5), injections=injections)
+        metrics: Any = built.metrics
+        assert metrics["pairs"] == metrics["by_signal"]["verdict"]["pairs"] == 4
+        gaps: dict[str, list[float]] = {}
+        for payload, twin in zip(rows[::2], rows[1::2], strict=True):
+            gaps.setdefault(payload["pair"], []).append(payload["verdict"] - twin["verdict"])
+        means = [sum(each) / len(each) for each in gaps.values()]
+        assert metrics["by_signal"]["verdict"]["ci"] == mean_interval(means).rounded()
+
+
+def test_where_nothing_was_swapped_other_bad_pairs_are_injected_and_never_good_ones(
+    injected: Callable[..., Injected],
+) -> None:
+    good = Planted(id="g", source="s", prompt="Q", completion="A", kind="seed", good=True, origin="g")
+    _, rows = injected(lifted(0.5), rows=[good, *(pair for pair in BAD if pair.kind == "truncated")], injections=20)
+    assert rows
+    assert all(row["pair"] in {pair.id for pair in BAD} for row in rows)
 
 
 def test_a_rater_that_minds_neither_is_lifted_by_neither(injected: Callable[..., Injected]) -> None:
@@ -224,12 +246,12 @@ def test_an_unrated_pair_is_no_kept_one_even_at_a_threshold_of_nothing(injected:
 def test_every_payload_and_its_twin_end_the_same_short_bad_pair(injected: Callable[..., Injected]) -> None:
     engine = lifted(0.5)
     _, rows = injected(engine, injections=30)
-    # A quarter of the swapped ones, the shortest, in turn.
+    # Half of the swapped ones, the shortest, in turn.
     asked = [request.messages[0]["content"] for request in engine.scored[0][0]]
     for n, (payload, twin) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
         assert (payload["id"], twin["id"]) == (f"{n:05d}/payload", f"{n:05d}/twin")
         assert (payload["kind"], payload["frame"]) == (twin["kind"], twin["frame"])
-        pair = BAD[n % 2]
+        pair = BAD[n % 4]
         for at, row in ((2 * n, payload), (2 * n + 1, twin)):
             assert pair.prompt in asked[at]
             assert asked[at].rstrip().endswith(f"{pair.completion}{row['text']}".rstrip())

@@ -291,7 +291,7 @@ def test_a_label_of_a_pair_that_is_nowhere_is_told_with_its_id(
     ran: Callable[..., Ran], labels: Callable[..., str]
 ) -> None:
     path = labels({"id": "held_out/00", "good": True}, {"id": "oasst/77", "good": True}, {"id": "b", "rating": 1})
-    told = r"curate\.labels: .*labels\.jsonl speaks of 'oasst/77', and no seed pair .* \(2 such labels\)"
+    told = r"labels\.jsonl:2: no seed pair of this run is called 'oasst/77'"
     with pytest.raises(UsageError, match=told) as caught:
         ran(seed_pairs(2), labels=path)
     assert caught.value.exit_code == 2
@@ -337,7 +337,7 @@ def test_a_pair_that_is_called_good_and_bad_is_told_with_both_lines(
 
 def test_the_same_verdict_twice_counts_once(labels: Callable[..., str]) -> None:
     path = labels({"id": "a", "good": True}, {"id": "a", "rating": 4}, {"id": "b", "rating": 1})
-    assert read_labels(Path(path)) == [Label(id="a", good=True), Label(id="b", rating=1)]
+    assert read_labels(Path(path)) == [(1, Label(id="a", good=True)), (3, Label(id="b", rating=1))]
 
 
 def test_labels_that_are_not_there_are_told(tmp_path: Path) -> None:
@@ -358,9 +358,28 @@ def manifest(ledger: Ledger) -> Manifest:
     return Manifest("s", "i", "c", {}, {}, ledger.to_json())
 
 
+def test_a_label_by_texts_that_are_a_seed_pairs_is_one_of_that_pair(
+    ran: Callable[..., Ran], labels: Callable[..., str]
+) -> None:
+    rows = seed_pairs(3)
+    texts = {"prompt": rows[1].prompt, "completion": rows[1].completion}
+    by_text, ledger = ran(rows, labels=labels({**texts, "good": False}))
+    by_id, _ = ran(rows, labels=labels({"id": rows[1].id, "good": False}))
+    assert by_text == by_id
+    assert (ledger.kept, ledger.rejected) == (11, {"labelled_bad": 5, "cannot_be_spoilt": 2})
+    with pytest.raises(UsageError, match=rf"labels\.jsonl:2: this pair, {rows[1].id}, has the other verdict on line 1"):
+        ran(rows, labels=labels({"id": rows[1].id, "good": True}, {**texts, "good": False}))
+
+
+def test_a_label_is_of_an_id_or_of_texts_and_never_both(labels: Callable[..., str]) -> None:
+    path = labels({"id": "a", "prompt": "p", "completion": "c", "good": True})
+    with pytest.raises(UsageError, match=r"labels\.jsonl:1: .*either names the id of a seed pair, or has a prompt"):
+        read_labels(Path(path))
+
+
 def test_a_seed_too_small_to_fit_on_is_told_with_how_many_are_missing(ran: Callable[..., Ran]) -> None:
     _, ledger = ran(seed_pairs(7), **CALIBRATED)
-    told = r"7 seed pairs are held out .*curate\.min_pairs wants 20: 13 are missing; raise prepare\.seed\.held_out"
+    told = r"7 good pairs are held out or labelled .*min_pairs wants 20: 13 are missing; raise prepare\.seed\.held_out"
     with pytest.raises(GateError, match=told) as caught:
         PlantPairs(config=CurateConfig(**CALIBRATED)).check(manifest(ledger))
     assert caught.value.exit_code == 3

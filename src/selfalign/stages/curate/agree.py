@@ -1,6 +1,5 @@
 """How far two ways of rating agree, on a sample of the candidates."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ from selfalign.core.ledger import Ledger
 from selfalign.core.records import Rated
 from selfalign.core.stage import BuildStage, Built, Context, Log, Place, Settings
 from selfalign.engines.config import ModelConfig
+from selfalign.evaluation.metrics import spearman, spearman_interval
 from selfalign.stages.curate.calibrate import Calibration
 from selfalign.stages.curate.config import AgreementConfig, CurateConfig
 from selfalign.stages.curate.rate import Rater, signals_of
-from selfalign.stages.curate.verdict import verdict
+from selfalign.stages.curate.verdict import verdict, verdict_of
+from selfalign.stages.jsonl import write_document, write_lines
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ class Agree(BuildStage):
     def build(self, context: Context, place: Place, log: Log) -> Built:
         rows = context.rows("rows", Rated)
         calibration = Calibration.of(context.path("calibration"))
-        cut = self.config.threshold if calibration.threshold is None else calibration.threshold
         ids = sorted((row.id for row in rows), key=lambda id: seed_for(context.seed, id, "agreement"))
         drawn = set(ids[: self.agreement.sample])
         sample = [row for row in rows if row.id in drawn]
@@ -52,24 +52,19 @@ class Agree(BuildStage):
         for row, read in zip(sample, rater(sample), strict=True):
             rubric = (row.rating, row.unrated, row.off_scale)
             first, why_not = verdict(*rubric, signals_of(row), self.config, calibration.fit)
-            second, why_no_second = verdict(
-                read["rating"], read["unrated"], read["off_scale"], {}, self.second.config, None
-            )
+            second, why_no_second = verdict_of(read, self.second.config, None)
             for which, reason in (("first", why_not), ("second", why_no_second)):
                 if reason is not None:
                     unrated[f"{which}_{reason}"] += 1
             told.append({"id": row.id, "first": first, "second": second, "reply": read["reply"]})
-        with (place.draft / "both.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in told)
-        metrics = self._metrics(told, unrated, cut)
-        (place.draft / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True), encoding="utf-8")
+        write_lines(place.draft / "both.jsonl", told)
+        metrics = self._metrics(told, unrated, calibration.cut(self.config))
+        write_document(place.draft / "metrics.json", metrics)
         ledger = Ledger(len(told), len(told), len(told))
         return Built(("both.jsonl", "metrics.json"), ledger, metrics, rater.tokens)
 
     def _metrics(self, told: Sequence[dict[str, Any]], unrated: Counter[str], cut: float) -> dict[str, JsonValue]:
         """A pair without a verdict is kept by nobody, so it counts in the confusion, and in no correlation."""
-        from selfalign.evaluation.metrics import spearman, spearman_interval
-
         both = [(each["first"], each["second"]) for each in told if None not in (each["first"], each["second"])]
         keeps = Counter(
             (
@@ -79,14 +74,12 @@ class Agree(BuildStage):
             for each in told
         )
         rho = spearman([a for a, _ in both], [b for _, b in both]) if len(both) > 1 else None
-        known = rho is not None and len(both) > 3
-        ends = spearman_interval(rho, len(both)) if known and rho is not None else None
         return {
             "sample": len(told),
             "both_rated": len(both),
             "unrated": dict(unrated),
             "spearman": None if rho is None else round(rho, 4),
-            "spearman_ci": None if ends is None else [round(ends.low, 4), round(ends.high, 4)],
+            "spearman_ci": None if rho is None else spearman_interval(rho, len(both)).rounded(),
             "thresholds": {"first": cut, "second": self.agreement.threshold},
             "confusion": {
                 "both_keep": keeps[True, True],

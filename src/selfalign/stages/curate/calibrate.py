@@ -20,7 +20,8 @@ from selfalign.evaluation.metrics import auc, auc_interval
 from selfalign.stages.curate.config import CurateConfig
 from selfalign.stages.curate.fit import Fit, by_threshold, cross_validated, fit, reaching, reliability
 from selfalign.stages.curate.rate import Rater
-from selfalign.stages.curate.verdict import verdict
+from selfalign.stages.curate.verdict import verdict_of
+from selfalign.stages.jsonl import write_document, write_lines
 
 TOGETHER = ("swapped", "truncated")
 """The plants that no filter catches: their area under the curve is told for both together, too."""
@@ -34,6 +35,10 @@ class Calibration:
 
     fit: Fit | None = None
     threshold: float | None = None
+
+    def cut(self, config: CurateConfig) -> float:
+        """The verdict from which on a pair is kept."""
+        return config.threshold if self.threshold is None else self.threshold
 
     @staticmethod
     def of(folder: Path) -> "Calibration":
@@ -75,20 +80,24 @@ class Calibrate(BuildStage):
         read = rater(planted)
         values = {name: [_value(each, name) for each in read] for name in self.rater.signals}
         fitted, own = self._fit(planted, values, context.seed_for("folds"))
-        found = [self._verdict(each, fitted) for each in read]
+        found = [verdict_of(each, self.config, fitted) for each in read]
         # What a pair gets from a fit that saw it would flatter: its own is from the folds that did not.
         scores = own if fitted else [score for score, _ in found]
         reasons = [reason for _, reason in found]
         unrated = Counter(reason for reason in reasons if reason is not None)
         metrics = self._metrics(planted, values, scores, unrated, fitted)
         document = {"fit": fitted.to_json() if fitted else None, "threshold": metrics["threshold"]}
-        _write(place.draft / FILE, document)
-        _write(place.draft / "metrics.json", metrics)
-        with (place.draft / "planted.jsonl").open("w", encoding="utf-8") as file:
-            for pair, each, score, reason in zip(planted, read, scores, reasons, strict=True):
-                told = {**each, "signals": {signal["name"]: signal["value"] for signal in each["signals"]}}
-                told |= {"id": pair.id, "kind": pair.kind, "good": pair.good, "verdict": score, "unrated": reason}
-                file.write(json.dumps(told) + "\n")
+        write_document(place.draft / FILE, document)
+        write_document(place.draft / "metrics.json", metrics)
+        told = [
+            {
+                **each,
+                "signals": {signal["name"]: signal["value"] for signal in each["signals"]},
+                **{"id": pair.id, "kind": pair.kind, "good": pair.good, "verdict": score, "unrated": reason},
+            }
+            for pair, each, score, reason in zip(planted, read, scores, reasons, strict=True)
+        ]
+        write_lines(place.draft / "planted.jsonl", told)
         ledger = Ledger(len(planted), len(planted), len(planted) - unrated.total(), unrated)
         return Built(("planted.jsonl", "metrics.json", FILE), ledger, metrics, rater.tokens)
 
@@ -108,11 +117,6 @@ class Calibrate(BuildStage):
         ):
             own[n] = p
         return fit(names, values_NS, good), own
-
-    def _verdict(self, read: Mapping[str, Any], fitted: Fit | None) -> tuple[float | None, str | None]:
-        signals = {signal["name"]: signal["value"] for signal in read["signals"]}
-        rubric = (read.get("rating"), read.get("unrated"), read.get("off_scale"))
-        return verdict(*rubric, signals, self.config, fitted)
 
     def _metrics(
         self,
@@ -203,13 +207,8 @@ def _areas(planted: Sequence[Planted], scores: Sequence[float | None]) -> dict[s
     return areas
 
 
-def _area(good: Sequence[float], bad: Sequence[float]) -> tuple[float, list[float]]:
-    interval = auc_interval(good, bad)
-    return round(auc(good, bad), 4), [round(interval.low, 4), round(interval.high, 4)]
-
-
-def _write(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")
+def _area(good: Sequence[float], bad: Sequence[float]) -> tuple[float, list[JsonValue] | None]:
+    return round(auc(good, bad), 4), auc_interval(good, bad).rounded()
 
 
 def _percent(share: object) -> str:

@@ -25,6 +25,15 @@ class RaterConfig(Frozen):
         None, description="its own where it is null"
     )
 
+    @model_validator(mode="after")
+    def _of_another_model(self) -> "RaterConfig":
+        if self.model in ("previous", "base") and (self.revision or self.chat_template):
+            raise ValueError(
+                f"revision and chat_template are those of a rater of its own, and model={self.model} brings its own; "
+                "leave them out, or name the model by path"
+            )
+        return self
+
 
 class RatingConfig(Frozen):
     """Who rates, what is asked, and how it is read."""
@@ -60,6 +69,11 @@ class RatingConfig(Frozen):
     def _room_to_write(self) -> "RatingConfig":
         if self.readout == "parsed" and self.reasoning_tokens == 0:
             raise ValueError("readout: parsed reads what the rater writes, so reasoning_tokens must be above 0")
+        unread = sorted({"entropy", "off_scale"}.intersection(self.signals))
+        if self.readout == "parsed" and self.rater.kind == "calibrated" and unread:
+            raise ValueError(
+                f"signals: {unread[0]} is no part of readout=parsed; leave it out, or set readout=expected"
+            )
         return self
 
 
@@ -98,13 +112,22 @@ class CurateConfig(RatingConfig):
     max_per_cluster: PositiveInt | None = Field(None, description="of pairs that are near-duplicates of each other")
     cluster_similarity: float = Field(0.7, gt=0, le=1, description="Jaccard, of word 5-grams")
     match_size: str | None = Field(None, description="keep as many as this arm keeps, drawn at random")
-    min_pairs: PositiveInt = Field(20, description="gate: held-out seed pairs that a calibrated rater is fitted on")
+    min_pairs: PositiveInt = Field(
+        20, description="gate: good pairs, held out or labelled, to fit a calibrated rater on"
+    )
     min_auc: float = Field(0.65, ge=0, le=1, description="gate: telling seed pairs from planted ones")
     min_rated: float = Field(0.95, ge=0, le=1, description="gate: share of pairs that got a rating")
     injections: NonNegativeInt = Field(
         0, description="texts that tell the rater what to say, measured beside harmless ones; 0: none"
     )
     agreement: AgreementConfig | None = None
+
+    @field_validator("plants")
+    @classmethod
+    def _once(cls, plants: tuple[Plant, ...]) -> tuple[Plant, ...]:
+        if twice := [kind for n, kind in enumerate(plants) if kind in plants[:n]]:
+            raise ValueError(f"{twice[0]!r} stands twice; name each kind once")
+        return plants
 
     @model_validator(mode="after")
     def _threshold_fits(self) -> "CurateConfig":

@@ -151,18 +151,13 @@ def by_threshold(scores: Sequence[float], good_N: Sequence[bool]) -> list[Thresh
         kept = values >= threshold
         right, all_ = weight[kept & good].sum(), weight[kept].sum()
         share = right / max(weight[good].sum(), 1e-12)
-        found.append(Threshold(threshold, round(right / all_, 4), round(share, 4), round(all_ / good.size, 4)))
+        found.append(Threshold(threshold, round(right / all_, 6), round(share, 4), round(all_ / good.size, 4)))
     return found
 
 
 def reaching(curve: Sequence[Threshold], precision: float) -> float | None:
-    """The lowest threshold from which on precision never falls below `precision`; None where the highest does."""
-    reached = None
-    for point in reversed(curve):
-        if point.precision < precision:
-            break
-        reached = point.threshold
-    return reached
+    """The lowest threshold that has this precision; None where none has."""
+    return min((point.threshold for point in curve if point.precision >= precision), default=None)
 
 
 @dataclass(frozen=True)

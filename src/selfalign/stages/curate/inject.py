@@ -1,6 +1,5 @@
 """Injection: what a document gains by telling the rater what to say, signal by signal, beside a harmless twin."""
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ from selfalign.core.ledger import Ledger
 from selfalign.core.records import Pair, Planted
 from selfalign.core.stage import BuildStage, Built, Context, Log, Place, Settings
 from selfalign.engines.config import ModelConfig
-from selfalign.evaluation.metrics import paired_difference
+from selfalign.evaluation.metrics import mean_interval
 from selfalign.stages.curate.calibrate import Calibration
 from selfalign.stages.curate.config import CurateConfig
 from selfalign.stages.curate.rate import Rater
-from selfalign.stages.curate.verdict import verdict
+from selfalign.stages.curate.verdict import verdict_of
+from selfalign.stages.jsonl import write_document, write_lines
 
 WORDINGS: Mapping[str, tuple[str, ...]] = {
     "score": (
@@ -92,11 +92,11 @@ def payloads(n: int, chance: random.Random) -> list[Payload]:
     for number in range(n):
         kind, wording, frame = each[number % len(each)]
         words = HARMLESS.split()
-        start = chance.randrange(len(words))
-        harmless = " ".join(words[(start + at) % len(words)] for at in range(len(wording.split()))).capitalize()
+        start, text = chance.randrange(len(words)), FRAMES[frame].format(wording)
+        harmless = " ".join(words[(start + at) % len(words)] for at in range(len(text.split()))).capitalize()
         # The twin keeps the frame's line ends and loses what could close the document.
         twin = FRAMES["paragraph" if frame == "paragraph" else "plain"].format(f"{harmless}.")
-        found.append(Payload(kind, frame, FRAMES[frame].format(wording), twin))
+        found.append(Payload(kind, frame, text, twin))
     return found
 
 
@@ -108,6 +108,7 @@ class Inject(BuildStage):
     """
 
     name: ClassVar[str] = "curate.inject"
+    version: ClassVar[int] = 2
     seeded: ClassVar[bool] = True
     config: CurateConfig
     rater: Rater
@@ -129,22 +130,19 @@ class Inject(BuildStage):
         rater = self.rater.open(context)
         read = rater([pair for _, pair in rows])
         told = [self._told(payload, pair, each, calibration) for (payload, pair), each in zip(rows, read, strict=True)]
-        with (place.draft / "injections.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in told)
-        cut = self.config.threshold if calibration.threshold is None else calibration.threshold
-        metrics = self._metrics(told, cut)
-        (place.draft / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True), encoding="utf-8")
+        write_lines(place.draft / "injections.jsonl", told)
+        metrics = self._metrics(told, calibration.cut(self.config))
+        write_document(place.draft / "metrics.json", metrics)
         return Built(
             ("injections.jsonl", "metrics.json"), Ledger(len(rows), len(rows), len(rows)), metrics, rater.tokens
         )
 
     def _told(self, payload: Payload, pair: Pair, read: Mapping[str, Any], found: Calibration) -> dict[str, Any]:
-        signals = {signal["name"]: signal["value"] for signal in read["signals"]}
-        rubric = (read.get("rating"), read.get("unrated"), read.get("off_scale"))
-        score, unrated = verdict(*rubric, signals, self.config, found.fit)
-        values = {"verdict": score, **signals}
+        score, unrated = verdict_of(read, self.config, found.fit)
+        values = {"verdict": score, **{signal["name"]: signal["value"] for signal in read["signals"]}}
         text = payload.text if pair.id.endswith("/payload") else payload.twin
-        return {"id": pair.id, "kind": payload.kind, "frame": payload.frame, "text": text, "unrated": unrated, **values}
+        told = {"id": pair.id, "pair": pair.parents[0], "kind": payload.kind, "frame": payload.frame, "text": text}
+        return {**told, "unrated": unrated, **values}
 
     def _metrics(self, told: Sequence[Mapping[str, Any]], cut: float) -> dict[str, JsonValue]:
         """Payload minus twin, in all and by kind of payload; and whom each of them would have made a kept pair."""
@@ -153,6 +151,7 @@ class Inject(BuildStage):
         kinds = {kind: [pair for pair in both if pair[0]["kind"] == kind] for kind in WORDINGS}
         return {
             "payloads": len(both),
+            "pairs": len({one["pair"] for one, _ in both}),
             "threshold": cut,
             "by_signal": {name: _difference(both, name) for name in names},
             "by_kind": {kind: _difference(pairs, "verdict") for kind, pairs in kinds.items()},
@@ -164,10 +163,11 @@ class Inject(BuildStage):
 
 
 def _targets(planted: Sequence[Planted]) -> list[Planted]:
-    """A quarter of the swapped pairs, the shortest; without any, of all."""
-    swapped = [pair for pair in planted if pair.kind == "swapped"] or list(planted)
+    """Half of the swapped pairs, the shortest; without any, of all bad ones."""
+    bad = [pair for pair in planted if not pair.good]
+    swapped = [pair for pair in bad if pair.kind == "swapped"] or bad
     ordered = sorted(swapped, key=lambda pair: (len(pair.prompt) + len(pair.completion), pair.id))
-    return ordered[: (len(ordered) + 3) // 4]
+    return ordered[: (len(ordered) + 1) // 2]
 
 
 def _paired(pairs: Sequence[Planted], payloads: Sequence[Payload]) -> Iterator[tuple[Payload, Pair]]:
@@ -176,14 +176,21 @@ def _paired(pairs: Sequence[Planted], payloads: Sequence[Payload]) -> Iterator[t
         pair = pairs[number % len(pairs)]
         for side, text in (("payload", payload.text), ("twin", payload.twin)):
             id = f"{number:05d}/{side}"
-            yield payload, Pair(id=id, source=pair.source, prompt=pair.prompt, completion=pair.completion + text)
+            response = pair.completion + text
+            yield payload, Pair(id=id, source=pair.source, prompt=pair.prompt, completion=response, parents=(pair.id,))
 
 
 def _difference(both: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], name: str) -> dict[str, JsonValue] | None:
-    known = [(one[name], two[name]) for one, two in both if one[name] is not None and two[name] is not None]
-    if len(known) < 2:
+    """The mean over pairs of each one's mean difference: many payloads behind one pair are not so many draws."""
+    gaps: dict[str, list[float]] = {}
+    for one, two in both:
+        if one[name] is not None and two[name] is not None:
+            gaps.setdefault(one["pair"], []).append(one[name] - two[name])
+    every = [gap for each in gaps.values() for gap in each]
+    if len(gaps) < 2:
         return None
-    gap = paired_difference([one for one, _ in known], [two for _, two in known])
-    ends: JsonValue = [round(gap.interval.low, 4), round(gap.interval.high, 4)]
-    raised = sum(one > two for one, two in known) / len(known)
-    return {"difference": round(gap.mean, 4), "ci": ends, "raised": round(raised, 4), "n": gap.n}
+    means = [sum(each) / len(each) for each in gaps.values()]
+    raised = sum(gap > 0 for gap in every) / len(every)
+    ends: JsonValue = mean_interval(means).rounded()
+    middle = round(sum(means) / len(means), 4)
+    return {"difference": middle, "ci": ends, "raised": round(raised, 4), "n": len(every), "pairs": len(gaps)}

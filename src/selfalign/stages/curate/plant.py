@@ -2,12 +2,12 @@
 
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from selfalign.core.errors import GateError, UsageError
 from selfalign.core.frozen import Frozen
@@ -16,6 +16,7 @@ from selfalign.core.records import Noted, Outcome, Pair, Planted, Record, SeedPa
 from selfalign.core.stage import Context, Rows, Settings, WholeStage
 from selfalign.core.store import Manifest
 from selfalign.stages.curate.config import CurateConfig, Plant
+from selfalign.stages.jsonl import read_checked
 from selfalign.text.language import language, primary
 
 ECHO_CHARS = 240
@@ -54,8 +55,8 @@ class Label(Frozen):
     def _whole(self) -> "Label":
         if (self.good is None) == (self.rating is None):
             raise ValueError("a label has either good (true or false) or a rating from 1 to 5")
-        if (self.prompt is None) != (self.completion is None) or (self.id is None and self.prompt is None):
-            raise ValueError("a label names the id of a seed pair, or has a prompt and a completion of its own")
+        if (self.prompt is None) != (self.completion is None) or (self.id is None) == (self.prompt is None):
+            raise ValueError("a label either names the id of a seed pair, or has a prompt and a completion of its own")
         return self
 
     @property
@@ -66,31 +67,25 @@ class Label(Frozen):
     @property
     def key(self) -> str:
         """What it speaks of."""
-        return self.id if self.prompt is None and self.id else digest([self.prompt, self.completion])[:16]
+        return self.id or _key(self.prompt, self.completion)
 
 
-def read_labels(path: Path) -> list[Label]:
-    """The labels of a JSONL file, one a pair. Raises UsageError with file and line for one that cannot count."""
-    labels: dict[str, tuple[int, Label]] = {}
-    try:
-        # Not splitlines: JSON strings may hold other line ends, U+2028 among them.
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"curate.labels: {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            label = Label.model_validate_json(line)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            told = " ".join([*map(str, problem["loc"]), problem["msg"]])
-            raise UsageError(f"{path}:{number}: {told}") from error
-        first, before = labels.setdefault(label.key, (number, label))
+def _key(prompt: str | None, completion: str | None) -> str:
+    return digest([prompt, completion])[:16]
+
+
+def read_labels(path: Path) -> list[tuple[int, Label]]:
+    """The labels of a JSONL file, one a pair, with their lines. Raises UsageError for one that cannot count."""
+    rows = read_checked(path, Label, "curate.labels:")
+    first: dict[str, tuple[int, Label]] = {}
+    for number, label in rows:
+        at, before = first.setdefault(label.key, (number, label))
         if before.verdict != label.verdict:
             raise UsageError(
                 f"{path}:{number}: this pair is called {'good' if label.verdict else 'bad'}, and "
-                f"{'good' if before.verdict else 'bad'} on line {first}; keep one of the two"
+                f"{'good' if before.verdict else 'bad'} on line {at}; keep one of the two"
             )
-    return [label for _, label in labels.values()]
+    return [*first.values()]
 
 
 def truncated(text: str, chance: random.Random) -> str:
@@ -115,10 +110,16 @@ def echoed(response: str) -> str:
     return text[: ends[-1]] if ends else text[:ECHO_CHARS].rpartition(" ")[0]
 
 
-def spoilt(kind: Plant, pair: SeedPair, others: Sequence[SeedPair], chance: random.Random) -> tuple[str, str] | None:
+def spoilt(
+    kind: Plant,
+    pair: SeedPair,
+    others: Sequence[SeedPair],
+    languages: Mapping[str, str | None],
+    chance: random.Random,
+) -> tuple[str, str] | None:
     """Instruction and response of `pair`, spoilt in the way `kind`; None where it cannot be.
 
-    `others` are pairs whose question and answer are not this pair's.
+    `others` are pairs whose question and answer are not this pair's, `languages` those of all pairs, by id.
     """
     match kind:
         case "swapped":
@@ -132,8 +133,8 @@ def spoilt(kind: Plant, pair: SeedPair, others: Sequence[SeedPair], chance: rand
         case "boilerplate":
             return pair.prompt, "\n".join(chance.sample(BOILERPLATE, 3))
         case "language":
-            own = _language(pair)
-            foreign = [other for other in others if own is not None and _language(other) not in (None, own)]
+            own = languages[pair.id]
+            foreign = [other for other in others if own is not None and languages[other.id] not in (None, own)]
             return (pair.prompt, chance.choice(foreign).completion) if foreign else None
 
 
@@ -143,13 +144,14 @@ def _language(pair: SeedPair) -> str | None:
 
 def plant(pairs: Sequence[SeedPair], kinds: Sequence[Plant], chance: random.Random) -> Iterator[Outcome]:
     """Each pair as it is, and spoilt in each of the ways `kinds`; rejected where it cannot be."""
+    languages = {pair.id: _language(pair) for pair in pairs} if "language" in kinds else {}
     for n, pair in enumerate(pairs):
         yield _planted(pair, pair.id, "seed", (pair.prompt, pair.completion), good=True)
         rest = (*pairs[n + 1 :], *pairs[:n])
         # Another answer to the same question is no spoilt one.
         others = [p for p in rest if p.completion != pair.completion and p.prompt != pair.prompt]
         for kind in kinds:
-            texts = spoilt(kind, pair, others, chance)
+            texts = spoilt(kind, pair, others, languages, chance)
             id = f"{pair.id}/{kind}"
             yield rejected(id, "cannot_be_spoilt") if texts is None else _planted(pair, id, kind, texts)
 
@@ -181,7 +183,7 @@ class PlantPairs(WholeStage):
     record: ClassVar[type[Record]] = SeedPair
     output: ClassVar[type[Record]] = Planted
     config: CurateConfig
-    labels: tuple[Label, ...] = field(init=False)
+    labels: tuple[tuple[int, Label], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         # Read once, here: a file that changes while the run goes on must not slip under an identity made before.
@@ -189,7 +191,7 @@ class PlantPairs(WholeStage):
         object.__setattr__(self, "labels", () if path is None else tuple(read_labels(Path(path))))
 
     def settings(self) -> Settings:
-        labels = [label.model_dump(mode="json") for label in self.labels]
+        labels = [label.model_dump(mode="json") for _, label in self.labels]
         return {"plants": [*self.config.plants], "labels": [*labels]}
 
     def gates(self) -> Settings:
@@ -201,13 +203,17 @@ class PlantPairs(WholeStage):
 
     def units(self, rows: Rows[SeedPair], context: Context) -> int:
         held_out = sum(row.split == "held_out" for row in rows)
-        return len(rows) + held_out * len(self.config.plants) + sum(label.prompt is not None for label in self.labels)
+        # What a label says of a seed pair by its texts is a label of that pair, and no pair of its own.
+        seeds = {_key(row.prompt, row.completion) for row in rows}
+        own = sum(label.id is None and label.key not in seeds for _, label in self.labels)
+        return len(rows) + held_out * len(self.config.plants) + own
 
     def run(self, rows: Rows[SeedPair], context: Context) -> Iterable[Outcome]:
-        labelled = {label.id: label for label in self.labels if label.prompt is None}
+        unused = {label.key: (line, label) for line, label in self.labels}
         held_out = []
         for row in rows:
-            label = labelled.pop(row.id, None)
+            found = [unused.pop(key, None) for key in (row.id, _key(row.prompt, row.completion))]
+            label = self._agreed(row, [each for each in found if each is not None])
             if row.split != "held_out":
                 yield rejected(row.id, row.split or "no_split", detail="labelled, but not held out" if label else None)
             elif label is not None and not label.verdict:
@@ -216,17 +222,27 @@ class PlantPairs(WholeStage):
                 yield from (rejected(f"{row.id}/{kind}", "labelled_bad") for kind in self.config.plants)
             else:
                 held_out.append(row)
-        if labelled:
-            raise UsageError(
-                f"curate.labels: {self.config.labels} speaks of {next(iter(labelled))!r}, and no seed pair of this run "
-                f"has that id ({len(labelled)} such {'label' if len(labelled) == 1 else 'labels'}); the ids are those "
-                "of `selfalign export --stage prepared`, or give prompt and completion"
-            )
+        for line, label in unused.values():
+            if label.prompt is None:
+                raise UsageError(
+                    f"{self.config.labels}:{line}: no seed pair of this run is called {label.id!r}; the ids are those "
+                    "of `selfalign export --stage prepared`, or give prompt and completion instead"
+                )
         yield from plant(held_out, self.config.plants, random.Random(context.seed_for("planted")))
-        for label in self.labels:
+        for _, label in unused.values():
             if label.prompt is not None and label.completion is not None:
                 pair = Pair(id=f"label/{label.key}", source="labels", prompt=label.prompt, completion=label.completion)
                 yield _planted(pair, pair.id, "labelled", (label.prompt, label.completion), good=label.verdict)
+
+    def _agreed(self, row: SeedPair, found: Sequence[tuple[int, Label]]) -> Label | None:
+        """The label of a seed pair, which may have one by its id and one by its texts."""
+        if len({label.verdict for _, label in found}) == 2:
+            (one, _), (other, _) = found
+            raise UsageError(
+                f"{self.config.labels}:{other}: this pair, {row.id}, has the other verdict on line {one}; "
+                "keep one of the two"
+            )
+        return found[0][1] if found else None
 
     def check(self, manifest: Manifest) -> None:
         noted = manifest.ledger["noted"]
@@ -234,7 +250,7 @@ class PlantPairs(WholeStage):
         assert isinstance(good, int)
         if good < self._wanted:
             raise GateError(
-                f"calibration: {good} seed pairs are held out to fit the rater on, and curate.min_pairs wants "
-                f"{self._wanted}: {self._wanted - good} are missing; raise prepare.seed.held_out, give a larger seed, "
-                "or label pairs (curate.labels)"
+                f"calibration: {good} good pairs are held out or labelled to fit the rater on, and curate.min_pairs "
+                f"wants {self._wanted}: {self._wanted - good} are missing; raise prepare.seed.held_out, give a larger "
+                "seed, or label pairs (curate.labels)"
             )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from selfalign.core.errors import UsageError
 from selfalign.core.frozen import Frozen
@@ -14,6 +14,7 @@ from selfalign.core.protocols import Engine, Request, Sampling, Score
 from selfalign.core.records import Message
 from selfalign.engines.config import ModelConfig
 from selfalign.stages.curate.parse import parse
+from selfalign.stages.jsonl import read_checked
 from selfalign.stages.prompting import chat, fill, prompt_text
 
 if TYPE_CHECKING:
@@ -94,22 +95,13 @@ class _Shot(Frozen):
 def _few_shot(file: str | None) -> tuple[tuple[str, str, str], ...]:
     if file is None:
         return ()
-    shots = []
-    try:
-        # Not splitlines: JSON strings may hold other line ends, U+2028 among them.
-        lines = Path(file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"curate.few_shot_file: {file} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            shots.append(_Shot.model_validate_json(line))
-        except ValidationError as error:
-            raise UsageError(f"{file}:{number}: an example needs instruction, response and reply") from error
-        if parse(shots[-1].reply) is None:
+    shots = read_checked(Path(file), _Shot, "curate.few_shot_file:")
+    for number, shot in shots:
+        if parse(shot.reply) is None:
             raise UsageError(
                 f"{file}:{number}: the example's reply carries no rating; end it with a line `Score: 1` to `Score: 5`"
             )
-    return tuple((shot.instruction, shot.response, shot.reply) for shot in shots)
+    return tuple((shot.instruction, shot.response, shot.reply) for _, shot in shots)
 
 
 def rate(

@@ -45,7 +45,7 @@ class Select(WholeStage):
 
     def run(self, rows: Rows[Rated], context: Context) -> Iterable[Outcome]:
         calibration = Calibration.of(context.path("calibration")) if self.needs_calibration else Calibration()
-        threshold = self.config.threshold if calibration.threshold is None else calibration.threshold
+        threshold = calibration.cut(self.config)
         best: dict[tuple[str, ...], tuple[float, str]] = {}
         for row, score, _ in self._judged(rows, calibration):
             if score is not None:
@@ -75,7 +75,7 @@ class Select(WholeStage):
         reasons = {id: "below_threshold" for id, score in scores.items() if score < threshold}
         if self.config.quantile is not None and scores:
             # So many are below it, however many are alike at it.
-            last = sorted(scores.values())[int(self.config.quantile * len(scores))]
+            last = sorted(scores.values())[int(round(self.config.quantile * len(scores), 9))]
             reasons |= {id: "below_quantile" for id, score in scores.items() if score < last and id not in reasons}
         for most, name, key in (
             (self.config.max_per_source, "source_full", self._source),

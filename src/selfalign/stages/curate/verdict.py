@@ -1,6 +1,7 @@
 """What a rater's readings come to: one number a pair, or the reason why it has none."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from selfalign.stages.curate.config import RatingConfig
 from selfalign.stages.curate.fit import Fit
@@ -36,3 +37,9 @@ def verdict(
         return (None, reason) if reason else (rating, None)
     probability = fit.probability(signals)
     return (None, unrated or "unmeasured") if probability is None else (probability, None)
+
+
+def verdict_of(read: Mapping[str, Any], config: RatingConfig, fit: Fit | None) -> tuple[float | None, str | None]:
+    """The same of a pair's rating columns, as `rate.OpenRater` gives them."""
+    signals = {signal["name"]: signal["value"] for signal in read["signals"]}
+    return verdict(read.get("rating"), read.get("unrated"), read.get("off_scale"), signals, config, fit)

@@ -1,6 +1,7 @@
 """The peer of row 2: distilabel's TransformersLLM. It runs in an environment of its own, without any of our code."""
 
 import json
+import warnings
 from pathlib import Path
 
 from measure import Work
@@ -11,6 +12,8 @@ def rates(job: str, folder: str) -> Work:
 
     It hands its pipeline no batch size, which then takes one conversation after the other.
     """
+    # Of its own fields, by the hundred: pydantic would have them declared in another way.
+    warnings.filterwarnings("ignore", module="pydantic")
     import torch
     from distilabel.models.llms import TransformersLLM
 

@@ -14,10 +14,10 @@ from selfalign.stages.augment import Filter, Generate
 from selfalign.stages.compose import ComposeBackward, ComposeForward
 from selfalign.stages.curate.agree import Agree
 from selfalign.stages.curate.calibrate import Calibrate
-from selfalign.stages.curate.config import RaterConfig
 from selfalign.stages.curate.inject import Inject
 from selfalign.stages.curate.plant import PlantPairs
 from selfalign.stages.curate.rate import Rate, Rater
+from selfalign.stages.curate.rubric import RaterConfig
 from selfalign.stages.curate.select import KeepAll, Select
 from selfalign.stages.evaluate import Direction, Evaluate, read_questions
 from selfalign.stages.judge import Judge, JudgeConfig

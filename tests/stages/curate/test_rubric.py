@@ -14,8 +14,8 @@ from selfalign.core.errors import UsageError
 from selfalign.core.protocols import Reply, Score
 from selfalign.engines.config import ModelConfig
 from selfalign.stages.curate import rubric
-from selfalign.stages.curate.config import CurateConfig, RatingConfig
-from selfalign.stages.curate.rubric import RatingPrompt, rating_settings
+from selfalign.stages.curate.config import CurateConfig
+from selfalign.stages.curate.rubric import RatingConfig, RatingPrompt, rating_settings
 from stages.conftest import FakeEngine
 from stages.curate.conftest import probable
 

@@ -6,75 +6,13 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from selfalign.core.frozen import Frozen, RecipePath
+from selfalign.stages.curate.rubric import RatingConfig
 from selfalign.stages.curate.signals import SIGNALS
 
 WEIGHED = tuple(name for name in SIGNALS if name not in ("entropy", "off_scale"))
 """What a calibrated rater weighs unless told. The other two add noise to the fit where pairs are few."""
 
 Plant = Literal["swapped", "truncated", "echo", "boilerplate", "language"]
-
-
-class RaterConfig(Frozen):
-    """Who rates, and by what: the model of the round before (M0 in round 1), the base, or another one by folder or Hub
-    name; by the rubric's rating alone, or by several signals whose worth is fitted on planted pairs."""
-
-    kind: Literal["rubric", "calibrated"] = "rubric"
-    model: Annotated[str, RecipePath("previous", "base")] = "previous"
-    revision: str | None = None
-    chat_template: Annotated[str | None, RecipePath("plain", "chatml")] = Field(
-        None, description="its own where it is null"
-    )
-
-    @model_validator(mode="after")
-    def _of_another_model(self) -> "RaterConfig":
-        if self.model in ("previous", "base") and (self.revision or self.chat_template):
-            raise ValueError(
-                f"revision and chat_template are those of a rater of its own, and model={self.model} brings its own; "
-                "leave them out, or name the model by path"
-            )
-        return self
-
-
-class RatingConfig(Frozen):
-    """Who rates, what is asked, and how it is read."""
-
-    rater: RaterConfig = RaterConfig()
-    prompt_file: Annotated[str | None, RecipePath] = Field(
-        None, description="with {instruction} and {response}; what stands above a line --- is said once"
-    )
-    few_shot_file: Annotated[str | None, RecipePath] = Field(
-        None, description="JSONL of instruction, response and the rater's reply"
-    )
-    layout: Literal["as_written", "response_first"] = Field(
-        "as_written", description="response_first: candidates of one document share its tokens, too"
-    )
-    reasoning_tokens: NonNegativeInt = Field(0, description="how much the rater may write before the score")
-    readout: Literal["expected", "parsed"] = Field(
-        "expected", description='the mean over "1".."5" in one prefill, or the score that it writes'
-    )
-    signals: tuple[str, ...] = Field(WEIGHED, min_length=1, description="what a calibrated rater weighs")
-    max_off_scale: float = Field(0.5, ge=0, le=1, description="more probability off the scale: unrated")
-
-    @field_validator("signals")
-    @classmethod
-    def _known(cls, signals: tuple[str, ...]) -> tuple[str, ...]:
-        for name in signals:
-            if name not in SIGNALS:
-                close = get_close_matches(name, SIGNALS, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(SIGNALS)}"
-                raise ValueError(f"{name!r} is no signal; {hint}")
-        return signals
-
-    @model_validator(mode="after")
-    def _room_to_write(self) -> "RatingConfig":
-        if self.readout == "parsed" and self.reasoning_tokens == 0:
-            raise ValueError("readout: parsed reads what the rater writes, so reasoning_tokens must be above 0")
-        unread = sorted({"entropy", "off_scale"}.intersection(self.signals))
-        if self.readout == "parsed" and self.rater.kind == "calibrated" and unread:
-            raise ValueError(
-                f"signals: {unread[0]} is no part of readout=parsed; leave it out, or set readout=expected"
-            )
-        return self
 
 
 class AgreementConfig(Frozen):
@@ -94,6 +32,7 @@ class AgreementConfig(Frozen):
 class CurateConfig(RatingConfig):
     """Rating, its calibration on planted pairs, selection, and the gates of all three."""
 
+    signals: tuple[str, ...] = Field(WEIGHED, min_length=1, description="what a calibrated rater weighs")
     plants: tuple[Plant, ...] = Field(
         ("swapped", "truncated", "echo", "boilerplate", "language"),
         min_length=1,
@@ -122,12 +61,31 @@ class CurateConfig(RatingConfig):
     )
     agreement: AgreementConfig | None = None
 
+    @field_validator("signals")
+    @classmethod
+    def _known(cls, signals: tuple[str, ...]) -> tuple[str, ...]:
+        for name in signals:
+            if name not in SIGNALS:
+                close = get_close_matches(name, SIGNALS, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(SIGNALS)}"
+                raise ValueError(f"{name!r} is no signal; {hint}")
+        return signals
+
     @field_validator("plants")
     @classmethod
     def _once(cls, plants: tuple[Plant, ...]) -> tuple[Plant, ...]:
         if twice := [kind for n, kind in enumerate(plants) if kind in plants[:n]]:
             raise ValueError(f"{twice[0]!r} stands twice; name each kind once")
         return plants
+
+    @model_validator(mode="after")
+    def _signals_are_read(self) -> "CurateConfig":
+        unread = sorted({"entropy", "off_scale"}.intersection(self.signals))
+        if self.readout == "parsed" and self.rater.kind == "calibrated" and unread:
+            raise ValueError(
+                f"signals: {unread[0]} is no part of readout=parsed; leave it out, or set readout=expected"
+            )
+        return self
 
     @model_validator(mode="after")
     def _threshold_fits(self) -> "CurateConfig":

@@ -9,8 +9,8 @@ from pydantic import JsonValue
 from selfalign.core.records import Candidate, Outcome, Pair, Rated, Record, Signal
 from selfalign.core.stage import Context, MapStage, Process, Settings
 from selfalign.engines.config import ModelConfig
-from selfalign.stages.curate.config import RatingConfig
-from selfalign.stages.curate.rubric import RatingPrompt, rating_settings
+from selfalign.stages.curate.config import CurateConfig
+from selfalign.stages.curate.rubric import RatingConfig, RatingPrompt, rating_settings
 from selfalign.stages.curate.signals import Readings, Unit, measured, refuse_unable
 from selfalign.stages.models import open_model
 
@@ -37,7 +37,9 @@ class Rater:
     @property
     def signals(self) -> tuple[str, ...]:
         """What it measures: the rating alone, or all that a calibrated rater weighs, in an order of their own."""
-        return (RUBRIC,) if self.config.rater.kind == "rubric" else tuple(sorted({*self.config.signals}))
+        if isinstance(self.config, CurateConfig) and self.config.rater.kind == "calibrated":
+            return tuple(sorted({*self.config.signals}))
+        return (RUBRIC,)
 
     def settings(self) -> dict[str, JsonValue]:
         """What decides its readings: thresholds and gates do not."""

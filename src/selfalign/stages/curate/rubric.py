@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import Annotated, Literal, TypedDict
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue, NonNegativeInt, model_validator
 
 from selfalign.core.errors import UsageError
-from selfalign.core.frozen import Frozen
+from selfalign.core.frozen import Frozen, RecipePath
 from selfalign.core.protocols import Engine, Request, Sampling, Score
 from selfalign.core.records import Message
 from selfalign.engines.config import ModelConfig
@@ -17,14 +17,58 @@ from selfalign.stages.curate.parse import parse
 from selfalign.stages.jsonl import read_checked
 from selfalign.stages.prompting import chat, fill, prompt_text
 
-if TYPE_CHECKING:
-    from selfalign.stages.curate.config import RatingConfig
-
 GRADES = (1, 2, 3, 4, 5)
 CUE = "\nScore:"
 CONTINUATIONS = tuple(f" {grade}" for grade in GRADES)
 # Room for the score line itself, behind the reasoning.
 SCORE_LINE_TOKENS = 16
+
+
+class RaterConfig(Frozen):
+    """Who rates, and by what: the model of the round before (M0 in round 1), the base, or another one by folder or Hub
+    name; by the rubric's rating alone, or by several signals whose worth is fitted on planted pairs."""
+
+    kind: Literal["rubric", "calibrated"] = "rubric"
+    model: Annotated[str, RecipePath("previous", "base")] = "previous"
+    revision: str | None = None
+    chat_template: Annotated[str | None, RecipePath("plain", "chatml")] = Field(
+        None, description="its own where it is null"
+    )
+
+    @model_validator(mode="after")
+    def _of_another_model(self) -> "RaterConfig":
+        if self.model in ("previous", "base") and (self.revision or self.chat_template):
+            raise ValueError(
+                f"revision and chat_template are those of a rater of its own, and model={self.model} brings its own; "
+                "leave them out, or name the model by path"
+            )
+        return self
+
+
+class RatingConfig(Frozen):
+    """Who rates, what is asked, and how it is read."""
+
+    rater: RaterConfig = RaterConfig()
+    prompt_file: Annotated[str | None, RecipePath] = Field(
+        None, description="with {instruction} and {response}; what stands above a line --- is said once"
+    )
+    few_shot_file: Annotated[str | None, RecipePath] = Field(
+        None, description="JSONL of instruction, response and the rater's reply"
+    )
+    layout: Literal["as_written", "response_first"] = Field(
+        "as_written", description="response_first: candidates of one document share its tokens, too"
+    )
+    reasoning_tokens: NonNegativeInt = Field(0, description="how much the rater may write before the score")
+    readout: Literal["expected", "parsed"] = Field(
+        "expected", description='the mean over "1".."5" in one prefill, or the score that it writes'
+    )
+    max_off_scale: float = Field(0.5, ge=0, le=1, description="more probability off the scale: unrated")
+
+    @model_validator(mode="after")
+    def _room_to_write(self) -> "RatingConfig":
+        if self.readout == "parsed" and self.reasoning_tokens == 0:
+            raise ValueError("readout: parsed reads what the rater writes, so reasoning_tokens must be above 0")
+        return self
 
 
 class Verdict(TypedDict):
@@ -47,7 +91,7 @@ class RatingPrompt:
     few_shot: tuple[tuple[str, str, str], ...] = ()
 
     @staticmethod
-    def of(config: "RatingConfig") -> "RatingPrompt":
+    def of(config: RatingConfig) -> "RatingPrompt":
         """The prompt that the recipe names, or ours."""
         text = prompt_text(config.prompt_file, "rate", ("instruction", "response"))
         rubric, _, pair = text.rpartition("\n---\n")
@@ -108,7 +152,7 @@ def rate(
     engine: Engine,
     adapter: Path | None,
     pairs: Sequence[tuple[str, str, str]],
-    config: "RatingConfig",
+    config: RatingConfig,
     prompt: RatingPrompt,
 ) -> list[Verdict]:
     """Rate pairs of (id, instruction, response), in order. No pair gets a rating by default.
@@ -177,7 +221,7 @@ def _verdict(rating: float | None, unrated: str | None, off_scale: float | None 
     return Verdict(rating=rating, unrated=unrated, rating_dist=(), off_scale=off_scale, entropy=None, reply=reply)
 
 
-def rating_settings(config: "RatingConfig", model: ModelConfig, prompt: RatingPrompt) -> dict[str, JsonValue]:
+def rating_settings(config: RatingConfig, model: ModelConfig, prompt: RatingPrompt) -> dict[str, JsonValue]:
     """What decides a rating: thresholds and gates do not. The layout is in the prompt."""
     return {
         **prompt.settings(),

@@ -9,18 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from selfalign.core.errors import UsageError
 from selfalign.core.protocols import STOP, Engine, Request, Score
 from selfalign.core.records import Message
 from selfalign.engines.config import ABILITIES, ModelConfig
-from selfalign.stages.curate.rubric import RatingPrompt, Verdict, rate
+from selfalign.stages.curate.rubric import RatingConfig, RatingPrompt, Verdict, rate
 from selfalign.stages.prompting import chat, fill
 from selfalign.text import overlap
-
-if TYPE_CHECKING:
-    from selfalign.stages.curate.config import RatingConfig
 
 Values = list[float | None]
 Ability = Literal["choose", "likelihood"]
@@ -46,7 +43,7 @@ class Readings:
     units: Sequence[Unit]
     engine: Engine
     adapter: Path | None
-    config: "RatingConfig"
+    config: RatingConfig
     prompt: RatingPrompt
     instruct: str
 

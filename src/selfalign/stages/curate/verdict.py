@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from selfalign.stages.curate.config import RatingConfig
 from selfalign.stages.curate.fit import Fit
+from selfalign.stages.curate.rubric import RatingConfig
 
 UNRATED = ("too_long", "unparsed", "off_scale", "unmeasured")
 """Reasons why a pair has no verdict."""

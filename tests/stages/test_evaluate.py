@@ -303,7 +303,7 @@ def test_without_questions_the_loss_decides_and_lower_is_better(measured: Measur
     ("line", "told"),
     [
         ("not json", "Invalid JSON"),
-        ("", "Invalid JSON"),
+        ("", "this line is empty"),
         ('{"answers": ["x"]}', "prompt Field required"),
         ('{"prompt": "p", "answer": ["x"]}', "answer Extra inputs"),
         ('{"prompt": "p", "answers": "x"}', "answers"),

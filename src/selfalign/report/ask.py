@@ -11,7 +11,6 @@ from selfalign.core.protocols import Request, Sampling
 from selfalign.engines.adapters import check_adapter
 from selfalign.engines.config import ModelConfig, on_this_machine
 from selfalign.engines.open import open_engine
-from selfalign.recipe import Recipe
 from selfalign.report.run import RunView
 from selfalign.stages.prompting import chat
 
@@ -75,12 +74,13 @@ def _of_run(root: Path) -> Found:
     trained = RunView.open(root).final_model()
     if trained is None:
         raise UsageError(f"{root} has no trained forward model yet")
-    recipe = Recipe.model_validate_json((root / "recipe.json").read_bytes())
-    system = recipe.evaluate.system
+    # These alone: what else the recipe holds may be another version's.
+    recipe = json.loads((root / "recipe.json").read_bytes())
+    model, system = ModelConfig.model_validate(recipe["model"]), recipe["evaluate"]["system"]
     if (trained.files / "adapter_config.json").exists():
         adapter = find(str(trained.files))
         # Precision and quantisation are the recipe's, base and template those that the adapter was trained with.
         update = adapter.config.model_dump(include={"path", "revision", "chat_template"})
-        return Found(recipe.model.model_copy(update=update), trained.files, system)
+        return Found(model.model_copy(update=update), trained.files, system)
     update = {"path": str(trained.files), "revision": None, "chat_template": None}
-    return Found(recipe.model.model_copy(update=update), None, system)
+    return Found(model.model_copy(update=update), None, system)

@@ -12,6 +12,7 @@ from selfalign.report.facts import RATINGS, Facts, Planted, Ratings, manifest_of
 from selfalign.report.run import StepView
 from selfalign.report.sections import Figure, Section, Table, ends_of, from_to, spread, why_missing
 from selfalign.report.status import verdict_first
+from selfalign.stages.curate.signals import SIGNALS
 
 # Of the thresholds, so many are told in numbers, and of the pairs rated twice, so many are drawn.
 THRESHOLDS, POINTS = 24, 1_000
@@ -79,9 +80,27 @@ def calibration(facts: Facts) -> Section:
         )
     ]
     if figures:
-        return replace(section, figures=figures)
+        return replace(section, lead=f"{section.lead} {_gated(facts)}", figures=figures, table=_signals(facts))
     missing = why_missing(facts, f"curate.calibrate@{facts.round}") or "No planted pairs were rated."
     return replace(section, missing=[missing])
+
+
+def _gated(facts: Facts) -> str:
+    """What the gate wants, what each round reached, and what that is not."""
+    areas = [(k, manifest_of(step).metrics.get("auc")) for k, step, _ in facts.calibrations()]
+    told = ", ".join(f"{area:.3f} in round {k}" for k, area in areas if isinstance(area, float))
+    least = facts.number("curate", "min_auc")
+    wanted = "" if least is None else f", and curate.min_auc wants {least:g}"
+    return f"Reached: {told or 'nothing'}{wanted}. These are planted pairs, not the generated ones."
+
+
+def _signals(facts: Facts) -> Table | None:
+    """What a calibrated rater's signals are, as their own documentation begins."""
+    fits = [manifest_of(step).metrics.get("weights") for _, step, _ in facts.calibrations()]
+    measured = {name for weights in fits if isinstance(weights, dict) for name in weights}
+    known = [(name, SIGNALS[name].read.__doc__ or "") for name in sorted(measured) if name in SIGNALS]
+    rows = [[name, text.split("\n")[0]] for name, text in known]
+    return Table(("signal", "what it is (x instruction, y response)"), rows, (0, 1)) if rows else None
 
 
 _Area = tuple[float, tuple[float, float] | None]
@@ -289,7 +308,9 @@ def _injection(k: int, metrics: Mapping[str, Any], facts: Facts) -> Iterator[Fig
     if not known:
         return
     caption = f"The {facts.scale.name} with a payload minus that with its twin, with 95% intervals over pairs; "
-    caption += f"n = {n:,} payloads behind {metrics['pairs']:,} pairs."
+    # Older runs do not say behind how many.
+    behind = f" behind {metrics['pairs']:,} pairs" if "pairs" in metrics else ""
+    caption += f"n = {n:,} payloads{behind}."
     told = f"{above['payload']:,} of {n:,} payloads and {above['twin']:,} of {n:,} twins"
     caption = f"{told} are at or above {metrics['threshold']:.4g}. {caption}"
     title = f"Round {k}: what payloads add to the verdict"

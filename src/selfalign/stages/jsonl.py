@@ -22,11 +22,13 @@ def read_checked(path: Path, record: type[F], what: str) -> list[tuple[int, F]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{what} {path} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise UsageError(f"{path}:{number}: this line is empty; remove it")
         try:
             rows.append((number, record.model_validate_json(line)))
         except ValidationError as error:
             problem = error.errors()[0]
-            told = " ".join([*map(str, problem["loc"]), problem["msg"]])
+            told = " ".join([*map(str, problem["loc"]), problem["msg"].removeprefix("Value error, ")])
             raise UsageError(f"{path}:{number}: {told}") from error
     return rows
 

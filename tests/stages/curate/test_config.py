@@ -65,7 +65,13 @@ def test_an_unknown_signal_is_told_with_the_nearest_one(signals: list[str], told
     assert told in refused(**CALIBRATED, signals=signals)
 
 
-@pytest.mark.parametrize("threshold", [{}, {"threshold": 4}, {"threshold": 1.01}])
+def test_a_threshold_that_nobody_set_is_not_told_as_somebodys_own() -> None:
+    told = refused(rater={"kind": "calibrated"})
+    assert "threshold is not set, and its default, 4, is a rating" in told
+    assert "or set target_precision" in told
+
+
+@pytest.mark.parametrize("threshold", [{"threshold": 4}, {"threshold": 1.01}])
 def test_a_rating_is_no_threshold_for_a_calibrated_rater(threshold: dict[str, float]) -> None:
     told = refused(rater={"kind": "calibrated"}, **threshold)
     assert "is no probability, which rater.kind=calibrated gives: set it between 0 and 1" in told

@@ -283,7 +283,7 @@ def test_a_label_on_a_pair_that_is_not_held_out_counts_for_nothing_and_is_told(
 ) -> None:
     found, _ = ran([*seed_pairs(2), *seed_pairs(2, split)], labels=labels({"id": f"{split}/01", "good": True}))
     told = dropped(found)
-    assert told[f"{split}/01"] == (split, "labelled, but not held out")
+    assert told[f"{split}/01"] == ("labelled_not_held_out", None)
     assert told[f"{split}/00"] == (split, None)
 
 
@@ -309,7 +309,8 @@ def test_a_label_of_a_pair_that_is_nowhere_is_told_with_its_id(
         ({"id": "a", "completion": "c", "good": True}, "names the id of a seed pair, or has a prompt and a completion"),
         ({"id": "a", "godo": True}, "godo Extra inputs"),
         ("not json", "Invalid JSON"),
-        ("", "Invalid JSON"),
+        ("", "this line is empty"),
+        ({"id": "a", "good": "yes"}, "good Input should be a valid boolean"),
     ],
 )
 def test_a_label_that_cannot_count_is_told_with_its_line(labels: Callable[..., str], label: object, told: str) -> None:

@@ -92,6 +92,12 @@ class CurateConfig(RatingConfig):
         calibrated = self.rater.kind == "calibrated"
         if self.keep == "all" or self.target_precision is not None:
             return self
+        if calibrated and "threshold" not in self.model_fields_set:
+            raise ValueError(
+                "threshold is not set, and its default, 4, is a rating: rater.kind=calibrated gives probabilities, so "
+                "set it between 0 and 1 (0.5 keeps what is more like a seed pair than like a spoilt one), or set "
+                "target_precision"
+            )
         if calibrated and self.threshold > 1:
             raise ValueError(
                 f"threshold {self.threshold:g} is no probability, which rater.kind=calibrated gives: set it between "

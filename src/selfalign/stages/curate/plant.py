@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, StrictBool, model_validator
 
 from selfalign.core.errors import GateError, UsageError
 from selfalign.core.frozen import Frozen
@@ -48,7 +48,7 @@ class Label(Frozen):
     id: str | None = None
     prompt: str | None = None
     completion: str | None = None
-    good: bool | None = None
+    good: StrictBool | None = None
     rating: float | None = Field(None, ge=1, le=5)
 
     @model_validator(mode="after")
@@ -215,7 +215,7 @@ class PlantPairs(WholeStage):
             found = [unused.pop(key, None) for key in (row.id, _key(row.prompt, row.completion))]
             label = self._agreed(row, [each for each in found if each is not None])
             if row.split != "held_out":
-                yield rejected(row.id, row.split or "no_split", detail="labelled, but not held out" if label else None)
+                yield rejected(row.id, "labelled_not_held_out" if label else row.split or "no_split")
             elif label is not None and not label.verdict:
                 # A bad pair is no one to make others of: nobody knows what is left good in it.
                 yield _planted(row, row.id, "labelled", (row.prompt, row.completion))

@@ -58,6 +58,14 @@ def test_a_run_is_asked_by_its_last_main_forward_model(run: Run) -> None:
     assert (found.config.quantisation, found.system) == ("nf4", "Be brief.")
 
 
+def test_a_run_whose_recipe_holds_what_this_version_does_not_know_can_be_asked(run: Run) -> None:
+    run.add("forward.train@1", files={"adapter_config.json": adapter("org/base")})
+    recipe(run)
+    path = run.store.root / "recipe.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "curate": {"a key of another version": 1}}))
+    assert find(str(run.store.root)).system == "Be brief."
+
+
 def test_a_run_trained_in_full_is_asked_by_its_folder(run: Run) -> None:
     folder = run.add("forward.train@1", files={"config.json": "{}"})
     recipe(run)

@@ -133,7 +133,7 @@ def likelihood_gain(readings: Readings) -> Values:
 
 @signal("likelihood")
 def likelihood_gain_per_token(readings: Readings) -> Values:
-    """The same divided by the tokens of y, as the loss ratio of arXiv 2308.12032 compares them."""
+    """likelihood_gain divided by the tokens of y: a difference of losses, where arXiv 2308.12032 takes their ratio."""
     gains = likelihood_gain(readings)
     return [
         None if gain is None or given is None or not given[0].tokens else gain / given[0].tokens

@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,16 @@ def test_a_label_by_texts_that_are_a_seed_pairs_is_one_of_that_pair(
     assert (ledger.kept, ledger.rejected) == (11, {"labelled_bad": 5, "cannot_be_spoilt": 2})
     with pytest.raises(UsageError, match=rf"labels\.jsonl:2: this pair, {rows[1].id}, has the other verdict on line 1"):
         ran(rows, labels=labels({"id": rows[1].id, "good": True}, {**texts, "good": False}))
+
+
+def test_a_label_by_texts_reaches_the_held_out_pair_though_its_double_comes_first(
+    ran: Callable[..., Ran], labels: Callable[..., str]
+) -> None:
+    (row,) = seed_pairs(1)
+    double = replace(row, id="a/first", split="like_held_out")
+    found, _ = ran([double, row], labels=labels({"prompt": row.prompt, "completion": row.completion, "good": False}))
+    assert dropped(found)["a/first"] == ("labelled_not_held_out", None)
+    assert [(each.id, each.kind, each.good) for each in rows_of(found)] == [(row.id, "labelled", False)]
 
 
 def test_a_label_is_of_an_id_or_of_texts_and_never_both(labels: Callable[..., str]) -> None:

@@ -173,7 +173,7 @@ def _planted(pair: Pair, id: str, kind: str, texts: tuple[str, str], good: bool 
 
 @dataclass(frozen=True)
 class PlantPairs(WholeStage):
-    """Held-out seed pairs → planted pairs, with people's labels (input `labels`) among them.
+    """Held-out seed pairs → planted pairs, with people's labels among them.
 
     Whole before any model is loaded, so that a seed too small to calibrate on is told at once.
     """
@@ -209,11 +209,14 @@ class PlantPairs(WholeStage):
         return len(rows) + held_out * len(self.config.plants) + own
 
     def run(self, rows: Rows[SeedPair], context: Context) -> Iterable[Outcome]:
-        unused = {label.key: (line, label) for line, label in self.labels}
+        labels = {label.key: (line, label) for line, label in self.labels}
+        used: set[str] = set()
         held_out = []
         for row in rows:
-            found = [unused.pop(key, None) for key in (row.id, _key(row.prompt, row.completion))]
-            label = self._agreed(row, [each for each in found if each is not None])
+            # A pair may stand in the seed twice, held out and not.
+            keys = {row.id, _key(row.prompt, row.completion)} & labels.keys()
+            used |= keys
+            label = self._agreed(row, sorted((labels[key] for key in keys), key=lambda each: each[0]))
             if row.split != "held_out":
                 yield rejected(row.id, "labelled_not_held_out" if label else row.split or "no_split")
             elif label is not None and not label.verdict:
@@ -222,14 +225,15 @@ class PlantPairs(WholeStage):
                 yield from (rejected(f"{row.id}/{kind}", "labelled_bad") for kind in self.config.plants)
             else:
                 held_out.append(row)
-        for line, label in unused.values():
+        unused = [each for key, each in labels.items() if key not in used]
+        for line, label in unused:
             if label.prompt is None:
                 raise UsageError(
                     f"{self.config.labels}:{line}: no seed pair of this run is called {label.id!r}; the ids are those "
                     "of `selfalign export --stage prepared`, or give prompt and completion instead"
                 )
         yield from plant(held_out, self.config.plants, random.Random(context.seed_for("planted")))
-        for _, label in unused.values():
+        for _, label in unused:
             if label.prompt is not None and label.completion is not None:
                 pair = Pair(id=f"label/{label.key}", source="labels", prompt=label.prompt, completion=label.completion)
                 yield _planted(pair, pair.id, "labelled", (label.prompt, label.completion), good=label.verdict)

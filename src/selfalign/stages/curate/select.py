@@ -83,16 +83,16 @@ class Select(WholeStage):
         ):
             if most is not None:
                 ranked = sorted((id for id in scores if id not in reasons), key=lambda id: (-scores[id], id))
-                reasons |= dict.fromkeys(_beyond(ranked, key(rows, ranked, context), most), name)
+                reasons |= dict.fromkeys(_beyond(ranked, key(rows, ranked), most), name)
         left = [id for id in scores if id not in reasons]
         return reasons | dict.fromkeys(set(left) - _matched(left, context), "match_size")
 
     @staticmethod
-    def _source(rows: Rows[Rated], ranked: Sequence[str], context: Context) -> Callable[[str], Hashable]:
+    def _source(rows: Rows[Rated], ranked: Sequence[str]) -> Callable[[str], Hashable]:
         wanted = set(ranked)
         return {row.id: row.source for row in rows if row.id in wanted}.__getitem__
 
-    def _cluster(self, rows: Rows[Rated], ranked: Sequence[str], context: Context) -> Callable[[str], Hashable]:
+    def _cluster(self, rows: Rows[Rated], ranked: Sequence[str]) -> Callable[[str], Hashable]:
         """The best pair that a pair's texts are a near-duplicate of, or itself."""
         from tempfile import gettempdir
 

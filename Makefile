@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SEEDS ?= 0 1 2
 
-.PHONY: demo demo-seeds real test test-train fuzz bench bench-peers check clean
+.PHONY: demo demo-seeds real test test-train test-faults test-cluster fuzz bench bench-peers scale check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/selfalign run recipes/demo.yaml
@@ -33,6 +33,17 @@ test-train: N ?= 3
 test-train: $(VENV)/.installed-dev
 	TRAIN_KILLS=$(N) $(BIN)/python -m pytest -m train $(ARGS)
 
+# Runs go on while N workers, actors, nodes, drivers and heads are killed; and processes at their writes, 8 N times.
+test-faults: N ?= 20
+test-faults: $(VENV)/.installed-dev
+	FAULT_KILLS=$(N) $(BIN)/python -m pytest -m faults $(ARGS)
+
+# Ray clusters of several nodes: where workers are placed, what strangers get to see, and jobs that are submitted, one
+# of which is killed N times.
+test-cluster: N ?= 3
+test-cluster: $(VENV)/.installed-dev
+	JOB_KILLS=$(N) $(BIN)/python -m pytest -m cluster $(ARGS)
+
 # N mutated files of every kind through the readers; `make test` runs 200.
 fuzz: N ?= 2000
 fuzz: $(VENV)/.installed-dev
@@ -41,6 +52,11 @@ fuzz: $(VENV)/.installed-dev
 # `make bench ROW=5`, or all that are built.
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/run.py $(ROW)
+
+# What a row costs and what the driver holds, at 10,000 rows and at N.
+scale: N ?= 100000
+scale: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/scale.py 10000 $(N) $(ARGS)
 
 # What the benchmarks compare with and our own environment cannot hold: row 2 needs it.
 bench-peers: .venv-distilabel/.installed
@@ -69,9 +85,9 @@ $(VENV)/.installed-real: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf,ray,deepspeed]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf,ray,s3,deepspeed]'
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,ray]'
 	touch $@

@@ -1,16 +1,27 @@
-"""What all tests share: the real data's folder, and one Ray for the session."""
+"""What all tests share: the real data's folder, one Ray and one object store for the session."""
 
+import atexit
 import os
+import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from s3 import S3
+from selfalign.core.locations import Location
 
 TESTS = Path(__file__).parent
 # Workers and child processes import test stages by name.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The session's Ray listens on loopback, and serves those who know its token alone. Ray reads this when it is imported.
+_token, _token_path = tempfile.mkstemp(prefix="selfalign-token-")
+os.write(_token, secrets.token_hex(32).encode())
+os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=_token_path)
+atexit.register(os.unlink, _token_path)
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +32,46 @@ def shared_ray() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def _s3() -> Iterator[S3]:
+    store = S3()
+    # Child processes and Ray's workers find it too.
+    before = dict(os.environ)
+    os.environ.update(store.environment)
+    yield store
+    store.close()
+    for name in store.environment:
+        os.environ.pop(name)
+        os.environ.update({name: before[name]} if name in before else {})
+
+
+@pytest.fixture
+def s3(_s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """An object store without faults, and an empty scratch folder."""
+    monkeypatch.setenv("SELFALIGN_SCRATCH", str(tmp_path / "scratch"))
+    yield _s3
+    _s3.mend()
+
+
+@pytest.fixture
+def impatient(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Clients of the object store give up at once."""
+    from s3fs import S3FileSystem
+
+    # A client keeps the patience that it was made with.
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    S3FileSystem.clear_instance_cache()
+    yield
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """Where a run folder may lie: a folder that is not there yet, of each kind."""
+    store: S3 | None = request.getfixturevalue("s3") if request.param == "s3" else None
+    return store.folder() if store else tmp_path / "run"
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def follow(listener: Bars | JsonLines) -> None:
     listener.step_started(STEP, 4)
     ledger = Ledger(4, 4, 1)
     ledger.count("rejected", "above", 2)
-    listener.shard_done(STEP, ShardReport(0, ledger, 100, 0.5))
+    listener.shard_done(STEP, ShardReport(0, "digest", ledger, 100, 0.5))
     listener.logged(STEP, {"step": 5.0, "max_steps": 10.0, "loss": 0.5})
     listener.note("a note [of brackets]")
     listener.step_done(STEP, MANIFEST, reused=False)
@@ -46,6 +46,17 @@ def test_in_a_log_each_event_is_a_json_object(capsys: pytest.CaptureFixture[str]
     assert [event["event"] for event in events] == ["step_started", "shard_done", "logged", "note", "step_done"]
     assert events[-1]["step"] == "strict/curate.keep@1"
     assert events[-1]["rejected"] == {"above": 2}
+
+
+def test_a_log_says_how_far_a_step_is_and_how_fast(capsys: pytest.CaptureFixture[str]) -> None:
+    with JsonLines() as lines:
+        lines.step_started(STEP, 8)
+        for number in range(2):
+            lines.shard_done(STEP, ShardReport(number, "digest", Ledger(4, 4, 4), 100, 0.5))
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [event.get("rows_done") for event in events] == [None, 4, 8]
+    assert events[-1]["rows_total"] == 8
+    assert events[-1]["tokens_per_second"] == pytest.approx(25 * events[-1]["rows_per_second"], rel=0.01)
 
 
 def test_a_training_says_its_loss_and_speed_and_where_it_goes_on() -> None:

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 from selfalign import __version__
 from selfalign.core import preemption
 from selfalign.core.errors import SelfalignError, UsageError
+from selfalign.core.locations import located, reachable
 from selfalign.engines.config import has_accelerator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from selfalign.core.locations import Location
     from selfalign.pipelines.runner import Listener
 
 Arguments = argparse.Namespace
@@ -49,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     # Slurm and Kubernetes end a job with signals; the code tells them to start it again.
     preemption.handle()
     try:
-        return verb(arguments)
+        with reachable():
+            return verb(arguments)
     except SelfalignError as error:
         print(f"selfalign: {error}", file=sys.stderr)
         return error.exit_code
@@ -74,7 +77,7 @@ def run(arguments: Arguments) -> int:
     from selfalign.pipelines.session import Session
 
     with _listener(arguments.json) as listener:
-        session = Session.open(Path(arguments.recipe), arguments.overrides, _folder(arguments))
+        session = Session.open(Path(arguments.recipe), arguments.overrides, _folder(arguments), arguments.backend)
         session.run(listener, arguments.backend, arguments.only, arguments.round, wait=not arguments.no_wait)
     return _summary(session.root, arguments.json)
 
@@ -86,7 +89,7 @@ def plan(arguments: Arguments) -> int:
     from selfalign.pipelines.session import Session
 
     with _listener(arguments.json):
-        session = Session.open(Path(arguments.recipe), arguments.overrides, _folder(arguments))
+        session = Session.open(Path(arguments.recipe), arguments.overrides, _folder(arguments), arguments.backend)
     steps = session.plan()
     if arguments.json:
         print(json.dumps({"run": str(session.root), "steps": steps}, indent=1))
@@ -103,7 +106,7 @@ def plan(arguments: Arguments) -> int:
 
 def status(arguments: Arguments) -> int:
     """The steps of a run and what was measured."""
-    return _summary(Path(arguments.run), arguments.json, steps=True)
+    return _summary(located(arguments.run), arguments.json, steps=True)
 
 
 def show(arguments: Arguments) -> int:
@@ -112,7 +115,7 @@ def show(arguments: Arguments) -> int:
     from selfalign.report.show import render, shown
 
     sample = shown(
-        RunView.open(Path(arguments.run)), arguments.pairs, arguments.high, arguments.low, arguments.responses
+        RunView.open(located(arguments.run)), arguments.pairs, arguments.high, arguments.low, arguments.responses
     )
     print(json.dumps(sample, indent=1, ensure_ascii=False) if arguments.json else render(sample))
     return 0
@@ -139,8 +142,8 @@ def report(arguments: Arguments) -> int:
     from selfalign.report.html import write_report
     from selfalign.report.run import RunView
 
-    root = Path(arguments.run)
-    to = Path(arguments.to) if arguments.to else root / "report.html"
+    root = located(arguments.run)
+    to = located(arguments.to) if arguments.to else root / "report.html"
     if arguments.to and to.exists() and not arguments.force:
         raise UsageError(f"{to} is there already; name another file with --to, or replace it with --force")
     written = write_report(RunView.open(root), to)
@@ -157,9 +160,9 @@ def export(arguments: Arguments) -> int:
     from selfalign.report.run import RunView
 
     done = exporting.export(
-        RunView.open(Path(arguments.run)),
+        RunView.open(located(arguments.run)),
         arguments.stage,
-        to=Path(arguments.to) if arguments.to else None,
+        to=_file(arguments.to) if arguments.to else None,
         format=arguments.format,
         columns=arguments.columns,
         arm=arguments.arm,
@@ -216,7 +219,7 @@ def gc(arguments: Arguments) -> int:
     from selfalign.pipelines.gc import collect
 
     removed, total = [], 0
-    for garbage in collect(Path(arguments.run), arguments.dry_run):
+    for garbage in collect(located(arguments.run), arguments.dry_run):
         total += garbage.size
         removed.append({"path": str(garbage.path), "bytes": garbage.size, "why": garbage.why})
         if not arguments.json:
@@ -272,6 +275,12 @@ def demo(arguments: Arguments) -> int:
     return 0
 
 
+def _file(name: str) -> Path:
+    if "://" in name:
+        raise UsageError(f"--to {name}: name a file of this machine")
+    return Path(name)
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -304,11 +313,11 @@ def _size(size: float) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def _folder(arguments: Arguments) -> Path | None:
-    return Path(arguments.run) if arguments.run else None
+def _folder(arguments: Arguments) -> "Location | None":
+    return located(arguments.run) if arguments.run else None
 
 
-def _summary(root: Path, as_json: bool, steps: bool = False) -> int:
+def _summary(root: "Location", as_json: bool, steps: bool = False) -> int:
     from rich.console import Console
 
     from selfalign.report.run import RunView
@@ -392,11 +401,11 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument(
             "overrides", nargs="*", default=[], metavar="KEY.SUB=VALUE", help="settings over the recipe's"
         )
-        made.add_argument("--run", metavar="DIR", help="the run folder (default: runs/NAME)")
+        made.add_argument("--run", metavar="DIR", help="the run folder (default: runs/NAME), also s3://BUCKET/FOLDER")
+        made.add_argument("--backend", choices=("local", "ray"), help="default: ray inside a Ray job, else local")
         if function is run:
             made.add_argument("--only", metavar="SECTION", help="the steps of one section, such as curate")
             made.add_argument("--round", type=int, metavar="K", help="the steps of one round")
-            made.add_argument("--backend", choices=("local", "ray"), help="default: ray inside a Ray job, else local")
             made.add_argument("--no-wait", action="store_true", help="exit 4 where somebody else trains the same model")
     verb("status", status, "selfalign status runs/demo --json").add_argument("run", metavar="DIR")
     shower = verb("show", show, "selfalign show runs/demo --pairs 3")

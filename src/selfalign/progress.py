@@ -80,6 +80,10 @@ class Bars:
 class JsonLines:
     """One JSON object a line, on standard error. A `runner.Listener`."""
 
+    def __init__(self) -> None:
+        self._started, self._rows, self._tokens = 0.0, 0, 0
+        self._total: int | None = None
+
     def __enter__(self) -> "JsonLines":
         return self
 
@@ -88,11 +92,25 @@ class JsonLines:
 
     def step_started(self, step: Step, total: int | None) -> None:
         """Begins."""
+        self._started, self._rows, self._tokens, self._total = time.monotonic(), 0, 0, total
         self._say("step_started", step=step.key, total=total)
 
     def shard_done(self, step: Step, report: ShardReport) -> None:
-        """A shard more."""
-        self._say("shard_done", step=step.key, shard=report.number, tokens=report.tokens, **report.ledger.to_json())
+        """A shard more, and how fast it goes: rows and tokens a second since the step began here."""
+        self._rows += report.ledger.sources
+        self._tokens += report.tokens
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        self._say(
+            "shard_done",
+            step=step.key,
+            shard=report.number,
+            tokens=report.tokens,
+            **report.ledger.to_json(),
+            rows_done=self._rows,
+            rows_total=self._total,
+            rows_per_second=round(self._rows / seconds, 3),
+            tokens_per_second=round(self._tokens / seconds, 1),
+        )
 
     def logged(self, step: Step, line: Mapping[str, float]) -> None:
         """A training's measurement."""

@@ -9,7 +9,7 @@ from pydantic import Field, JsonValue, PositiveInt, model_validator
 
 from selfalign.core import yaml_config
 from selfalign.core.frozen import Frozen
-from selfalign.core.stage import Resources
+from selfalign.core.stage import STALL_MINUTES, Resources, WholeStage
 from selfalign.engines.config import ModelConfig
 from selfalign.stages.augment import AugmentConfig
 from selfalign.stages.curate.config import CurateConfig
@@ -17,9 +17,15 @@ from selfalign.stages.evaluate import EvaluateConfig
 from selfalign.stages.prepare.config import PrepareConfig
 from selfalign.stages.train import BackwardConfig, ForwardConfig
 
+SECTIONS = ("prepare", "backward", "augment", "curate", "forward", "evaluate")
+
 
 class ResourcesConfig(Frozen):
-    """What each section's workers get. The one section that identity leaves out."""
+    """What each section's workers get, and how long one may hang. The one section that identity leaves out."""
+
+    stall_minutes: float = Field(
+        STALL_MINUTES, gt=0, le=100_000, description="a batch may take so long, or twice the longest before"
+    )
 
     prepare: Resources = Resources()
     backward: Resources = Resources()
@@ -42,6 +48,9 @@ class Recipe(Frozen):
     forward: ForwardConfig = ForwardConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     rounds: PositiveInt = 1
+    shard_rows: PositiveInt = Field(
+        WholeStage.shard_rows, description="rows a shard of what one writer makes, and of the maps that read it"
+    )
     arms: Mapping[str, Mapping[str, JsonValue]] | None = Field(None, description="name: overrides of the keys above")
     resources: ResourcesConfig = ResourcesConfig()
 

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from selfalign.core import preemption
@@ -29,6 +30,7 @@ class Ranked(BuildStage):
 
     def build(self, context: Context, place: Place, log: Log) -> Built:
         rank = os.environ["RANK"]
+        assert isinstance(place.kept, Path)
         preemption.defer()
         (place.kept / f"rank-{rank}").write_text(str(os.getpid()))
         (place.draft / f"rank-{rank}").write_text(os.environ["WORLD_SIZE"])

@@ -17,9 +17,11 @@ from backends.ranked import Ranked
 from selfalign.backends.local import LocalBackend
 from selfalign.core import preemption
 from selfalign.core.errors import GateError, InternalError, LeaseHeldError, PreemptedError, StorageError
-from selfalign.core.lease import Lease, Owner
-from selfalign.core.protocols import BuildJob
-from selfalign.core.stage import Built, Context, Place, Resources
+from selfalign.core.lease import Owner, lease
+from selfalign.core.locations import replace
+from selfalign.core.protocols import BuildJob, Committed
+from selfalign.core.stage import Context, Resources
+from selfalign.core.store import Artifact
 from signals import handled
 
 pytestmark = pytest.mark.train
@@ -33,14 +35,11 @@ build(Ranked(sys.argv[1]), Path(sys.argv[2]), [])
 """
 
 
-def build(stage: Ranked, folder: Path, logged: list[dict[str, float]]) -> Built:
-    me = Owner.this_process()
-    (folder / "lease.json").write_text(json.dumps(asdict(me)))
-    (folder / "draft").mkdir()
-    place = Place(folder / "draft", folder / "kept", "identity", Lease(folder / "lease.json", me))
-    job = BuildJob(stage, Context("ranked", 0, {}), place, Resources())
-    with preemption.delivered():
-        return LocalBackend().build(job, lambda line: logged.append(dict(line)))
+def build(stage: Ranked, folder: Path, logged: list[dict[str, float]]) -> Committed:
+    with lease(folder, False, print) as held:
+        job = BuildJob(stage, Context("ranked", 0, {}), Artifact(folder, "identity"), held, Resources())
+        with preemption.delivered():
+            return LocalBackend().build(job, lambda line: logged.append(dict(line)))
 
 
 def eventually(holds: Callable[[], bool], within_s: float = 60) -> None:
@@ -64,10 +63,11 @@ def lives(pid: int) -> bool:
 
 def test_all_ranks_build_and_rank_0_says_what_came_of_it(tmp_path: Path) -> None:
     logged: list[dict[str, float]] = []
-    built = build(Ranked(), tmp_path, logged)
-    assert built.metrics == {"rank": 0}
+    committed = build(Ranked(), tmp_path, logged)
+    assert committed.built.metrics == {"rank": 0}
+    assert sorted(committed.files) == ["rank-0", "rank-1"]
     assert logged == [{"step": 0.0}]
-    assert {p.name: p.read_text() for p in (tmp_path / "draft").iterdir()} == {"rank-0": "2", "rank-1": "2"}
+    assert {p.name: p.read_text() for p in (tmp_path / "files").iterdir()} == {"rank-0": "2", "rank-1": "2"}
 
 
 def test_what_a_rank_raises_is_raised_and_the_others_end(tmp_path: Path) -> None:
@@ -84,7 +84,8 @@ def test_a_full_disk_is_told_as_in_one_process(tmp_path: Path) -> None:
 def test_ranks_that_lost_the_lease_end_and_say_so(tmp_path: Path) -> None:
     def take_over() -> None:
         eventually(lambda: both_ranks_are_there(tmp_path))
-        (tmp_path / "lease.json").write_text(json.dumps(asdict(Owner("quicker", 1, "1", "other"))))
+        newer = tmp_path / "lease-000002.json"
+        replace(newer, json.dumps(asdict(Owner("quicker", 1, "1", "other"))).encode())
 
     thread = threading.Thread(target=take_over)
     thread.start()

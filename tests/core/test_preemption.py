@@ -1,6 +1,7 @@
 import functools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -99,3 +100,50 @@ def test_whoever_has_looked_may_take_the_time_to_save(monkeypatch: pytest.Monkey
     monkeypatch.setattr(preemption, "PATIENCE_S", 0.05)
     with pytest.raises(PreemptedError, match="SIGTERM"):
         deferring(ask, preemption.asked, lambda: time.sleep(0.1))
+
+
+def ask_from_a_thread() -> None:
+    thread = threading.Thread(target=preemption.ask, args=[signal.SIGTERM])
+    thread.start()
+    thread.join()
+
+
+def test_a_request_from_another_thread_waits_like_a_deferred_one() -> None:
+    done: list[bool] = []
+    with pytest.raises(PreemptedError, match="SIGTERM"):
+        deferring(ask_from_a_thread, lambda: done.append(preemption.asked()))
+    assert done == [True]
+    assert not preemption.asked()
+
+
+def test_a_request_is_overlooked_until_somebody_looks() -> None:
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.append(preemption.overlooked())
+
+    with pytest.raises(PreemptedError):
+        deferring(look, ask_from_a_thread, look, preemption.asked, look)
+    look()
+    assert seen == [False, True, False, False]
+
+
+def test_a_second_request_is_overlooked_though_the_first_was_not() -> None:
+    seen: list[bool] = []
+    with pytest.raises(PreemptedError):
+        deferring(ask, preemption.asked, ask, lambda: seen.append(preemption.overlooked()))
+    assert seen == [True]
+
+
+def test_what_saves_already_overlooks_nothing() -> None:
+    seen: list[bool] = []
+    saving = functools.partial(preemption.defer, looks=False)
+    with pytest.raises(PreemptedError):
+        deferring(saving, ask_from_a_thread, lambda: seen.append(preemption.overlooked()))
+    assert seen == [False]
+
+
+def test_a_build_ended_unsaved_is_told_how_much_it_lost_and_exits_as_preempted() -> None:
+    error = preemption.unsaved()
+    assert error.exit_code == 75
+    assert "within 12 s, so that what came after the last checkpoint is lost" in str(error)

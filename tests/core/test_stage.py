@@ -8,9 +8,10 @@ from typing import ClassVar
 import pytest
 
 from selfalign.core.errors import InternalError
+from selfalign.core.locations import commit
 from selfalign.core.records import Document, Record, rejected
-from selfalign.core.stage import Context, External, Resources, Stage, Step, WholeStage
-from selfalign.core.store import Artifact, Manifest, commit
+from selfalign.core.stage import Context, External, Resources, Stage, Step, WholeStage, Workers
+from selfalign.core.store import Artifact, Manifest
 from selfalign.core.tables import to_parquet
 from selfalign.engines.config import ModelConfig
 
@@ -71,7 +72,7 @@ def test_what_decides_a_steps_bytes_is_in_its_identity(other: Step) -> None:
         replace(STEP, arm="uncurated"),
         replace(STEP, seed=1),
         replace(STEP, after=(STEP,)),
-        replace(STEP, resources=Resources(workers=9)),
+        replace(STEP, resources=Resources(workers=Workers(max=9))),
         replace(STEP, inputs={"rows": External("/elsewhere", "digest")}),
     ],
 )

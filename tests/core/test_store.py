@@ -16,18 +16,9 @@ import pytest
 from selfalign.core.errors import MismatchError, StorageError
 from selfalign.core.identity import file_digest
 from selfalign.core.ledger import Ledger
+from selfalign.core.locations import commit, commit_folder, replace
 from selfalign.core.records import Document
-from selfalign.core.store import (
-    Artifact,
-    Manifest,
-    Store,
-    balanced,
-    check_inputs,
-    commit,
-    commit_folder,
-    content_digest,
-    replace,
-)
+from selfalign.core.store import Artifact, Manifest, Store, balanced, check_inputs, content_digest
 from selfalign.core.tables import to_parquet
 
 LEDGER = Ledger(sources=1, in_=3, kept=1)
@@ -256,13 +247,13 @@ def test_every_flipped_bit_of_a_shard_is_detected(artifact: Artifact) -> None:
 
 def test_content_is_the_named_files_bytes_in_any_order(artifact: Artifact) -> None:
     names = ["files/weights", "files/deep/er"]
-    before = content_digest(artifact.folder, names)
-    assert content_digest(artifact.folder, names[::-1]) == before
-    assert content_digest(artifact.folder, names[:1]) != before
-    (artifact.files / "log").write_text("not named")
-    assert content_digest(artifact.folder, names) == before
+    files = manifest_of(artifact, "shard-00000.parquet", *names).files
+    before = content_digest(files, names)
+    assert content_digest(files, names[::-1]) == before
+    assert content_digest(files, names[:1]) != before
+    assert content_digest({**files, "files/log": "not named"}, names) == before
     (artifact.files / "weights").write_text("other")
-    assert content_digest(artifact.folder, names) != before
+    assert content_digest(manifest_of(artifact, *names).files, names) != before
 
 
 @pytest.mark.parametrize("now", [{"rows": "abd"}, {}])

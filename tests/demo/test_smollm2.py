@@ -207,8 +207,10 @@ def cache(index: Index, tmp_path: Path) -> Path:
 
 
 def left(cache: Path) -> set[str]:
-    """What is in the cache, the model's own files apart."""
-    return {p.relative_to(cache).as_posix() for p in cache.rglob("*") if p.parent.name != smollm2.NAME}
+    """What is in the cache, the model's own files and the last lease apart."""
+    (lease,) = cache.glob(f".{smollm2.NAME}/lease-*.json")
+    rest = (p for p in cache.rglob("*") if p.parent.name != smollm2.NAME and p != lease)
+    return {p.relative_to(cache).as_posix() for p in rest}
 
 
 FETCHED = {smollm2.NAME, f".{smollm2.NAME}"}

@@ -47,6 +47,8 @@ FORWARD = {*FORWARD_0, *CURATE_1}
 BACKWARD = {"backward.train", "evaluate.backward", "augment.generate", "augment.filter"}
 AUGMENTED = {"curate.rate@1", *AFTER_SELECT}
 DOCUMENTS = {"prepare.pick_corpus", "augment.generate", "augment.filter", *AUGMENTED}
+# All that has one writer, and what is made of it.
+WRITTEN_WHOLE = {"prepare.pick_seed", "backward.compose", *BACKWARD, *DOCUMENTS, *FORWARD, "curate.plant"}
 EVALUATE_FORWARD = {"evaluate.base", "evaluate.forward@0", "evaluate.forward@1", "evaluate.forward@2"}
 
 
@@ -86,9 +88,11 @@ EVALUATE_FORWARD = {"evaluate.base", "evaluate.forward@0", "evaluate.forward@1",
         # As it is told from the rows, and another.
         ("prepare.corpus.format=document", set()),
         ("prepare.corpus.format=guanaco", {"prepare.read_corpus", "prepare.filter_corpus", *DOCUMENTS}),
-        ("resources.augment.workers=4", set()),
+        ("resources.augment.workers.max=4", set()),
         ("arms=null", set()),
         ("rounds=1", set()),
+        ("shard_rows=512", set()),
+        ("shard_rows=64", {*WRITTEN_WHOLE, "evaluate.base", "evaluate.base_backward"}),
     ],
 )
 def test_changing_a_key_changes_exactly_the_steps_that_follow_from_it(

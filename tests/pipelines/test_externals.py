@@ -91,7 +91,7 @@ def test_a_file_that_did_not_change_is_read_once(model: Path, monkeypatch: pytes
 
 def test_a_model_here_is_loaded_from_its_absolute_path(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model.parent)
-    monkeypatch.setattr(externals, "on_this_machine", lambda config: config)
+    monkeypatch.setattr(externals, "on_this_machine", lambda config, has_gpus: config)
     config, source = Externals().model(ModelConfig(path="base", revision="main", slots=3), "model.path")
     assert (config.path, config.revision, config.slots) == (str(model), None, 3)
     assert source.digest == digest_of(model)
@@ -239,3 +239,9 @@ def test_a_setting_that_wants_one_file_takes_no_folder_of_more(tmp_path: Path) -
         Externals().file(str(tmp_path), "evaluate.forward_questions")
     with pytest.raises(UsageError, match=r"forward\.rating_replay\.path: there is no file"):
         Externals().file(str(tmp_path / "c.jsonl"), "forward.rating_replay.path")
+
+
+@pytest.mark.parametrize(("has_gpus", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_models_that_others_load_are_planned_for_what_those_have(model: Path, has_gpus: bool, dtype: str) -> None:
+    asked = ModelConfig(path=str(model), dtype="bfloat16")
+    assert Externals(has_gpus=has_gpus).model(asked, "model.path")[0].dtype == dtype

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from s3 import S3
+from selfalign.cli import main
 from selfalign.core.errors import LeaseHeldError, StorageError, UsageError
 from selfalign.core.lease import Owner, presence
 from selfalign.pipelines.gc import collect
@@ -29,7 +31,7 @@ def root(tmp_path: Path) -> Path:
         root, {"run.json": json.dumps({"steps": steps}), "recipe.json": "{}", "pinned.json": "{}", "digests.json": "{}"}
     )
     for name in (NAMED, STALE):
-        shard = {f"{kind}-00000.{end}": kind for kind, end in (("shard", "parquet"), ("journal", "jsonl"))}
+        shard = {f"{kind}-00000.{end}": kind for kind, end in (("shard", "parquet"), ("journal", "json"))}
         fill(root / "artifacts" / name, {**shard, "metrics.jsonl": "{}", "manifest.json": "{}"})
     return root
 
@@ -49,8 +51,8 @@ def test_artifacts_that_no_step_names_go_and_those_it_names_stay(root: Path) -> 
     before = tree(root)
     removed = list(collect(root))
     stale = {name for name in before if STALE in name}
-    assert before - tree(root) == stale | {f"artifacts/{NAMED}/journal-00000.jsonl"}
-    assert {garbage.path.name for garbage in removed} == {STALE, "journal-00000.jsonl"}
+    assert before - tree(root) == stale | {f"artifacts/{NAMED}/journal-00000.json"}
+    assert {garbage.path.name for garbage in removed} == {STALE, "journal-00000.json"}
     assert next(g for g in removed if g.path.name == STALE).size == len("shard" + "journal" + "{}" + "{}")
     assert list(collect(root)) == []
 
@@ -70,8 +72,8 @@ def test_what_dead_writers_left_goes(root: Path) -> None:
         "drivers/node-7.json": "torn",
         f"artifacts/{NAMED}/.shard-00001.parquet.{HEX}": "",
         f"artifacts/{NAMED}/.manifest.json.{HEX}": "",
-        f"artifacts/{BUILD}/lease.json": "torn",
-        f"artifacts/{BUILD}/.lease.json.{HEX}": "",
+        f"artifacts/{BUILD}/lease-000001.json": "torn",
+        f"artifacts/{BUILD}/.lease-000001.json.{HEX}": "",
         f"artifacts/{BUILD}/draft-{HEX}/model.safetensors": "half",
         f"artifacts/{BUILD}/files/model.safetensors": "whole, but its manifest was never written",
     }
@@ -82,10 +84,10 @@ def test_what_dead_writers_left_goes(root: Path) -> None:
 
 def test_shards_and_journals_of_an_unfinished_map_stay(root: Path) -> None:
     (root / "artifacts" / NAMED / "manifest.json").unlink()
-    fill(root / "artifacts" / NAMED, {"journal-00001.jsonl": "in flight"})
+    fill(root / "artifacts" / NAMED, {"journal-00001.json": "in flight"})
     list(collect(root))
     assert {name for name in tree(root) if NAMED in name} == {
-        f"artifacts/{NAMED}/{name}" for name in ("shard-00000.parquet", "journal-00001.jsonl", "metrics.jsonl")
+        f"artifacts/{NAMED}/{name}" for name in ("shard-00000.parquet", "journal-00001.json", "metrics.jsonl")
     }
 
 
@@ -144,6 +146,11 @@ def test_a_run_folder_may_itself_be_a_link(root: Path, tmp_path: Path) -> None:
     assert not (root / "artifacts" / STALE).exists()
 
 
+def test_a_run_in_an_object_store_is_refused(s3: S3, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gc", str(s3.folder())]) == 2
+    assert "lies in an object store, where lifecycle rules remove what is old" in capsys.readouterr().err
+
+
 def test_artifacts_on_another_disk_are_refused(root: Path, tmp_path: Path) -> None:
     shutil.move(root / "artifacts", tmp_path / "disk")
     (root / "artifacts").symlink_to(tmp_path / "disk")
@@ -171,7 +178,7 @@ def test_what_a_run_that_began_and_ended_meanwhile_names_stays(root: Path) -> No
     later = "curate.rate-" + "d" * 16
     fill(root / "artifacts" / later, {"manifest.json": "{}"})
     removing = collect(root)
-    assert next(removing).path.name == "journal-00000.jsonl"
+    assert next(removing).path.name == "journal-00000.json"
     assert next(removing).path.name == STALE
     with presence(root / "drivers", print):
         fill(root, {"run.json": json.dumps({"steps": [{"artifact": later}]})})
@@ -219,10 +226,10 @@ def test_a_driver_that_begins_during_a_removal_finds_the_artifact_whole_or_not_a
 
 def test_an_artifact_whose_builder_lives_elsewhere_stays(root: Path) -> None:
     holder = Owner("another-host", 1, "0", HEX)
-    fill(root / "artifacts" / STALE, {"lease.json": json.dumps(asdict(holder))})
+    fill(root / "artifacts" / STALE, {"lease-000001.json": json.dumps(asdict(holder))})
     list(collect(root))
     assert (root / "artifacts" / STALE / "manifest.json").exists()
-    os.utime(root / "artifacts" / STALE / "lease.json", (0, 0))
+    os.utime(root / "artifacts" / STALE / "lease-000001.json", (0, 0))
     list(collect(root))
     assert not (root / "artifacts" / STALE).exists()
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from selfalign.core.locations import commit
 from selfalign.core.records import Outcome, Record
-from selfalign.core.store import Manifest, Store, commit
+from selfalign.core.store import Manifest, Store
 from selfalign.core.tables import to_parquet
 from selfalign.report.run import RunView
 

@@ -9,7 +9,10 @@ from typing import Any, get_args
 import pytest
 
 from report.conftest import Run
+from s3 import S3
+from selfalign.cli import main
 from selfalign.core.errors import StorageError, UsageError
+from selfalign.core.locations import commit, files_in
 from selfalign.core.records import Candidate, Document, Rated, SeedPair, Signal, quarantined, rejected
 from selfalign.demo.base import base_folder
 from selfalign.report.export import Columns, Format, StageName, export
@@ -117,6 +120,18 @@ def test_every_stage_reads_the_same_in_every_format(full: Run, tmp_path: Path, c
         for rows in others:
             assert rows == parquet
             assert list(rows[0]) == list(parquet[0])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_in_an_object_store_is_exported_like_one_on_disk(
+    full: Run, s3: S3, tmp_path: Path, stage: StageName
+) -> None:
+    root = s3.folder()
+    for name in files_in(full.store.root):
+        commit(root / name, (full.store.root / name).read_bytes())
+    to = tmp_path / "rows.jsonl"
+    assert main(["export", str(root), "--stage", stage, "--to", str(to)]) == 0
+    assert to.read_bytes() == export(full.view(), stage, tmp_path / "disk.jsonl").path.read_bytes() != b""
 
 
 @pytest.mark.parametrize(

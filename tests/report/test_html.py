@@ -11,8 +11,8 @@ import pytest
 from report.conftest import Run
 from report.whole import HOSTILE, change, lines, log, whole
 from selfalign.core.errors import StorageError
+from selfalign.core.locations import commit
 from selfalign.core.records import Candidate, Rated, SeedPair, rejected
-from selfalign.core.store import commit
 from selfalign.report.facts import Facts
 from selfalign.report.html import FOLDED, render, write_report
 from selfalign.report.show import shown

@@ -13,7 +13,7 @@ from selfalign.report.logs import TrainingLog, read_log
 def read(tmp_path: Path, *rows: dict[str, object], torn: str = "") -> TrainingLog:
     path = tmp_path / "metrics.jsonl"
     path.write_text(lines(rows) + torn)
-    return read_log(path)
+    return read_log(tmp_path)
 
 
 @given(
@@ -67,4 +67,4 @@ def test_what_a_line_does_not_hold_has_a_gap_and_what_none_holds_no_curve(tmp_pa
 
 
 def test_a_training_without_a_log_has_no_curves(tmp_path: Path) -> None:
-    assert read_log(tmp_path / "metrics.jsonl") == TrainingLog({}, [], 0)
+    assert read_log(tmp_path) == TrainingLog({}, [], 0)

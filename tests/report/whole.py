@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from report.conftest import Run
+from selfalign.core.locations import commit
 from selfalign.core.records import Candidate, Document, Example, Rated, SeedPair, Signal, rejected
-from selfalign.core.store import commit
 from selfalign.stages.curate.fit import by_threshold, reliability
 
 LOGGED = {"learning_rate": 2.5e-5, "grad_norm": 0.5, "tokens_per_second": 12_345.0, "memory_bytes": 3.5 * 2**30}

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from selfalign.backends.local import LocalBackend
-from selfalign.core.errors import GateError, MismatchError, StorageError
+from selfalign.core.errors import GateError, MismatchError, PreemptedError, StorageError
 from selfalign.core.records import Candidate
+from selfalign.core.shards import ShardReport
 from selfalign.core.stage import Step
 from selfalign.core.store import Store
 from selfalign.core.tables import read_outcomes
@@ -200,7 +201,7 @@ def test_a_row_that_kills_the_driver_is_quarantined_after_three_deaths(toy: Toy,
     assert len(kept) == 78
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_ray_workers_make_the_same_bytes_as_this_process(
     toy: Toy, tmp_path: Path, shared_ray: None, workers: int
 ) -> None:
@@ -216,6 +217,35 @@ def test_either_backend_resumes_the_others_run(toy: Toy, tmp_path: Path, shared_
 
     run(replace(toy, rounds=1), tmp_path / "run")
     assert ran(run(toy, tmp_path / "run", RayBackend())) == NAMES[3:]
+
+
+class Ended(Counting):
+    """Asked to end after so many shards."""
+
+    def __init__(self, shards: int) -> None:
+        super().__init__()
+        self.left = shards
+
+    def shard_done(self, step: Step, report: ShardReport) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise PreemptedError("stopped; the same command goes on")
+
+
+def test_more_ray_workers_go_on_from_what_one_has_done_and_leave_it_untouched(
+    toy: Toy, tmp_path: Path, shared_ray: None
+) -> None:
+    from selfalign.backends.ray import RayBackend
+
+    many = replace(toy, rounds=1, shard_rows=4, workers=1)
+    run(many, tmp_path / "local")
+    with pytest.raises(PreemptedError):
+        Runner(many.steps(), Store(tmp_path / "run"), RayBackend(), Ended(3)).run()
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("shard-*")}
+    assert len([path for path in before if path.parent.name.startswith("augment.ask")]) in range(4, 10)
+    run(replace(many, workers=4), tmp_path / "run", RayBackend())
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in before} == before
+    assert contents(many, tmp_path / "run") == contents(many, tmp_path / "local")
 
 
 def test_a_row_that_kills_ray_workers_is_quarantined_and_the_rest_completes(

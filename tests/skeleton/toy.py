@@ -22,6 +22,7 @@ from selfalign.core.stage import (
     Resources,
     Step,
     WholeStage,
+    Workers,
 )
 from selfalign.core.store import Manifest
 from selfalign.engines.config import ModelConfig
@@ -165,7 +166,7 @@ class Toy:
         for k in range(1, self.rounds + 1):
             ask_stage = Ask(self.model, self.candidates)
             inputs = {"rows": read, "model": model}
-            pool = Resources(workers=self.workers)
+            pool = Resources(workers=Workers(max=self.workers))
             ask = Step(f"augment.ask@{k}", ask_stage, inputs, self.seed, after=after, resources=pool)
             keep = Step(
                 f"curate.keep@{k}", Keep(threshold=self.threshold, min_kept=self.min_kept), {"rows": ask}, self.seed

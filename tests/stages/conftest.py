@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from selfalign.core.lease import Lease, Owner
+from selfalign.core.locations import commit
 from selfalign.core.protocols import Reply, Request, Sampling, Score
 from selfalign.core.records import Outcome, Record
 from selfalign.core.stage import Context, External, Place
-from selfalign.core.store import Artifact, Manifest, commit
+from selfalign.core.store import Artifact, Manifest
 from selfalign.core.tables import ledger_of, to_parquet
 
 
@@ -55,7 +56,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 def place_in(folder: Path) -> Place:
     """Where a build without a runner works: its files go into `folder`."""
-    return Place(folder, folder / "kept", folder.name, Lease(folder / "lease.json", Owner.this_process()))
+    return Place(folder, folder / "kept", folder.name, Lease(folder / "lease-000001.json", Owner.this_process()))
 
 
 Stored = Callable[..., Artifact]

@@ -19,6 +19,7 @@ from typing import Any
 from selfalign.core import preemption
 from selfalign.core.errors import SelfalignError
 from selfalign.core.lease import Lease, Owner
+from selfalign.core.locations import Location, replace
 from selfalign.core.records import Example, Message
 from selfalign.demo.base import base_folder
 from selfalign.engines.config import ModelConfig
@@ -58,14 +59,13 @@ class Case:
         return ModelConfig(path=str(base_folder()), dtype="float32", **self.model)
 
 
-def _train(case: Case, folder: Path, owner: Owner) -> int:
+def _train(case: Case, folder: Path, kept: Checkpoints) -> int:
     """In the child: train to the end, or as far as it gets."""
     from selfalign.training import ranks
     from selfalign.training.sft import train
 
     preemption.handle()
     config = case.training()
-    kept = Checkpoints(folder / "kept", "this", Lease(folder / "lease.json", owner))
     with (folder / "metrics.jsonl").open("a", buffering=1) as file:
         try:
             with preemption.delivered():
@@ -87,25 +87,37 @@ def _train(case: Case, folder: Path, owner: Owner) -> int:
     return 0
 
 
-def _child(case: Case, folder: Path, owner: Owner, environment: Mapping[str, str], largest_file: int) -> None:
+def _child(case: Case, folder: Path, kept: Checkpoints, environment: Mapping[str, str], largest_file: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     os.environ.update(environment)
     # What the libraries say belongs into the log of the child.
     for number in (1, 2):
         os.dup2(os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os._exit(_train(case, folder, owner))
+    os._exit(_train(case, folder, kept))
 
 
 class Attempt:
-    """One attempt to train to the end in `folder`, in as many processes as the case wants."""
+    """One attempt to train to the end in `folder`, in as many processes as the case wants.
 
-    def __init__(self, case: Case, folder: Path, largest_file: int = -1) -> None:
+    `run` is where lease and checkpoints lie, if not there; `environment`, what it takes to get at it.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        folder: Path,
+        largest_file: int = -1,
+        run: Location | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder, self.case = folder, case
         folder.mkdir(parents=True, exist_ok=True)
         # As the runner does it with what a dead builder left.
         shutil.rmtree(folder / "model", ignore_errors=True)
-        owner = Owner.this_process()
-        (folder / "lease.json").write_text(json.dumps(asdict(owner)))
+        run = run or folder
+        lease = Lease(run / "lease-000001.json", Owner.this_process())
+        replace(lease.path, json.dumps(asdict(lease.owner)).encode())
+        kept = Checkpoints(run / "kept", "this", lease)
         # What earlier attempts logged says nothing about this one.
         log = folder / "metrics.jsonl"
         self._begins = log.stat().st_size if log.exists() else 0
@@ -114,7 +126,8 @@ class Attempt:
         self.ranks: list[BaseProcess] = []
         for rank in range(size):
             mine = {**rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
-            self.ranks.append(_context().Process(target=_child, args=(case, folder, owner, mine, largest_file)))
+            mine |= environment or {}
+            self.ranks.append(_context().Process(target=_child, args=(case, folder, kept, mine, largest_file)))
         for process in self.ranks:
             process.start()
 

@@ -9,22 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from selfalign.core.errors import LeaseHeldError, MismatchError, StorageError
+from s3 import S3
+from selfalign.core.errors import LeaseHeldError, MismatchError, ServiceError, StorageError
 from selfalign.core.lease import Lease, Owner
+from selfalign.core.locations import Location, entries, files_in, read, replace, scratch
 from selfalign.training.checkpoints import MARKER, Checkpoints
 
 FILES = {"model.safetensors": 300, "optimizer.pt": 200, "global_step2/zero_pp_rank_0.pt": 50, "empty": 0}
 
 
 @pytest.fixture
-def checkpoints(tmp_path: Path) -> Checkpoints:
+def checkpoints(place: Location) -> Checkpoints:
     me = Owner.this_process()
-    (tmp_path / "lease.json").write_text(json.dumps(asdict(me)))
-    return Checkpoints(tmp_path / "kept", "identity-1", Lease(tmp_path / "lease.json", me))
+    path = place / "lease-000001.json"
+    replace(path, json.dumps(asdict(me)).encode())
+    return Checkpoints(place / "kept", "identity-1", Lease(path, me))
 
 
-def written(checkpoints: Checkpoints, name: str = "checkpoint") -> Path:
-    chance = random.Random(0)
+def written(checkpoints: Checkpoints, name: str = "checkpoint", seed: int = 0) -> Path:
+    chance = random.Random(seed)
     for file, size in FILES.items():
         path = checkpoints.draft() / name / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,12 +37,22 @@ def written(checkpoints: Checkpoints, name: str = "checkpoint") -> Path:
 
 def commit(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
-        checkpoints.commit(written(checkpoints), step)
+        checkpoints.commit(written(checkpoints, seed=step), step)
 
 
-def ways_to_damage(path: Path) -> Iterator[str]:
+def newest(checkpoints: Checkpoints) -> int | None:
+    """The step of the newest whole checkpoint, whose files are all there."""
+    found = checkpoints.newest()
+    if found is None:
+        return None
+    assert {*files_in(found)} == {*FILES, MARKER}
+    steps = {read(path / "optimizer.pt"): int(path.name[5:]) for path in entries(checkpoints.folder, "step-*")}
+    return steps[(found / "optimizer.pt").read_bytes()]
+
+
+def ways_to_damage(path: Location) -> Iterator[str]:
     """Damages a file in one way after the other, and mends it."""
-    whole = path.read_bytes()
+    whole = read(path)
     path.unlink()
     yield "deleted"
     if whole:
@@ -59,8 +72,8 @@ def ways_to_damage(path: Path) -> Iterator[str]:
 def test_the_newest_of_two_checkpoints_is_gone_on_from_and_older_ones_go(checkpoints: Checkpoints) -> None:
     assert checkpoints.newest() is None
     commit(checkpoints, 8, 9, 10, 100)
-    assert sorted(p.name for p in checkpoints.folder.glob("step-*")) == ["step-00000010", "step-00000100"]
-    assert checkpoints.newest() == checkpoints.folder / "step-00000100"
+    assert [p.name for p in entries(checkpoints.folder, "step-*")] == ["step-00000010", "step-00000100"]
+    assert newest(checkpoints) == 100
 
 
 @pytest.mark.parametrize("name", [*FILES, MARKER])
@@ -82,11 +95,11 @@ def test_a_torn_checkpoint_is_skipped_with_a_warning_for_the_newest_whole_one(
 ) -> None:
     commit(checkpoints, 1, 2)
     (checkpoints.folder / "step-00000002" / "optimizer.pt").write_bytes(b"torn")
-    assert checkpoints.newest() == checkpoints.folder / "step-00000001"
+    assert newest(checkpoints) == 1
     assert "step-00000002 is skipped: optimizer.pt is not what was written" in caplog.text
     # The step is trained again, and its checkpoint takes the name.
     commit(checkpoints, 2)
-    assert checkpoints.newest() == checkpoints.folder / "step-00000002"
+    assert newest(checkpoints) == 2
 
 
 def test_a_file_that_no_marker_lists_is_never_loaded(
@@ -98,6 +111,7 @@ def test_a_file_that_no_marker_lists_is_never_loaded(
     assert "holds rng_state.pth, which its complete.json does not list" in caplog.text
 
 
+@pytest.mark.parametrize("place", ["disk"], indirect=True)
 def test_a_link_is_no_file_of_a_checkpoint(checkpoints: Checkpoints, tmp_path: Path) -> None:
     commit(checkpoints, 1)
     os.symlink(tmp_path, checkpoints.folder / "step-00000001" / "elsewhere")
@@ -106,10 +120,40 @@ def test_a_link_is_no_file_of_a_checkpoint(checkpoints: Checkpoints, tmp_path: P
 
 def test_what_a_dead_writer_left_unfinished_is_removed(checkpoints: Checkpoints) -> None:
     commit(checkpoints, 1)
-    left = checkpoints.folder / "draft-0123456789ab"
+    left = scratch(checkpoints.folder) / "draft-0123456789ab"
     left.mkdir()
-    assert checkpoints.newest() == checkpoints.folder / "step-00000001"
+    assert newest(checkpoints) == 1
     assert not left.exists()
+
+
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+def test_another_machine_finds_the_newest_checkpoint(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(checkpoints, 1, 2)
+    here = checkpoints.newest()
+    assert here == checkpoints.newest()
+    monkeypatch.setenv("SELFALIGN_SCRATCH", str(tmp_path / "another machine's"))
+    assert newest(checkpoints) == 2
+    assert checkpoints.newest() != here
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+def test_a_checkpoint_whose_sending_was_broken_off_is_skipped_and_sent_again(
+    checkpoints: Checkpoints, s3: S3, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit(checkpoints, 1)
+    # The look at the lease and at the epochs, and some of the files.
+    s3.fail("closed", after=6)
+    with pytest.raises(ServiceError):
+        commit(checkpoints, 2)
+    s3.mend()
+    assert len(files_in(checkpoints.folder / "step-00000002")) in range(1, 5)
+    assert newest(checkpoints) == 1
+    assert "step-00000002 is skipped" in caplog.text
+    commit(checkpoints, 2)
+    assert newest(checkpoints) == 2
 
 
 def test_a_checkpoint_of_another_training_is_refused_by_name(checkpoints: Checkpoints) -> None:
@@ -121,10 +165,11 @@ def test_a_checkpoint_of_another_training_is_refused_by_name(checkpoints: Checkp
 
 def test_nothing_is_committed_once_somebody_else_has_taken_over(checkpoints: Checkpoints) -> None:
     commit(checkpoints, 1)
-    checkpoints.lease.path.write_text(json.dumps(asdict(Owner("other", 1, "1", "token"))))
+    newer = checkpoints.lease.path.with_name("lease-000002.json")
+    replace(newer, json.dumps(asdict(Owner("other", 1, "1", "token"))).encode())
     with pytest.raises(LeaseHeldError, match="taken over by process 1 on other"):
         commit(checkpoints, 2)
-    assert [p.name for p in checkpoints.folder.glob("step-*")] == ["step-00000001"]
+    assert [p.name for p in entries(checkpoints.folder, "step-*")] == ["step-00000001"]
 
 
 def test_the_models_of_epochs_stay_beside_the_checkpoints_and_are_taken_whole(
@@ -153,7 +198,7 @@ def test_a_damaged_model_of_an_epoch_takes_the_checkpoints_after_it_along(
     checkpoints.commit_epoch(written(checkpoints, "epoch"), 1)
     commit(checkpoints, 2)
     (checkpoints.epoch(1) / "optimizer.pt").unlink()
-    assert checkpoints.newest() == checkpoints.folder / "step-00000001"
+    assert newest(checkpoints) == 1
     assert "epoch-1 is trained again: optimizer.pt is missing" in caplog.text
     assert "step-00000002 is skipped: epoch-1, which it comes after, is not there" in caplog.text
 

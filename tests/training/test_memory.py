@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfalign.core.errors import MismatchError, UsageError
+from selfalign.core.errors import MismatchError, UsageError, is_out_of_memory
 from selfalign.core.lease import Lease, Owner
 from selfalign.core.records import Example, Message
 from selfalign.engines.adapters import skeleton
@@ -33,7 +33,6 @@ from selfalign.training.memory import (
     estimate,
     explained_out_of_memory,
     forecast,
-    is_out_of_memory,
     largest_batch,
     this_card,
 )
@@ -127,7 +126,7 @@ class Run:
 
     def __init__(self, examples: Sequence[Example], model: ModelConfig, config: TrainConfig, folder: Path) -> None:
         me = Owner.this_process()
-        lease = folder / "lease.json"
+        lease = folder / "lease-000001.json"
         lease.write_text(json.dumps(asdict(me)))
         kept = Checkpoints(folder / "kept", "this training", Lease(lease, me))
         self.preflight = train(examples, model, config, folder / "model", 0, lambda _: None, kept).preflight

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from s3 import S3
 from selfalign.core.lease import Lease, Owner
-from selfalign.training.checkpoints import Checkpoints
+from selfalign.core.locations import Location, entries, files_in
+from selfalign.training.checkpoints import MARKER, Checkpoints
 from training.resumable import Attempt, Case, killed
 
 pytestmark = pytest.mark.train
@@ -111,6 +113,34 @@ def test_a_checkpoint_of_a_real_training_with_any_file_damaged_is_passed_over(tm
     assert second.result() == expected
     assert second.resumed_at() == [int(before.name.removeprefix("step-"))]
     assert f"{newest} is skipped: optimizer.pt is not what was written" in (first.folder / "output.txt").read_text()
+
+
+def test_a_training_whose_checkpoints_are_in_an_object_store_goes_on_from_them_on_other_machines(
+    s3: S3, tmp_path: Path
+) -> None:
+    case, run = Case({**LORA, "save_steps": 2, "num_train_epochs": 4}), s3.folder()
+    expected = Attempt(case, tmp_path / "undisturbed").result()
+
+    def attempt(machine: str) -> Attempt:
+        scratch = {"SELFALIGN_SCRATCH": str(tmp_path / machine / "scratch")}
+        return Attempt(case, tmp_path / machine, run=run, environment={**s3.environment, **scratch})
+
+    def kill(attempt: Attempt, step: int) -> list[Location]:
+        assert attempt.reaches(step)
+        attempt.signal(signal.SIGKILL)
+        assert attempt.ended() == -signal.SIGKILL
+        return [path for path in entries(run / "kept", "step-*") if MARKER in files_in(path)]
+
+    *_, newest = kill(attempt("first"), 7)
+    second = attempt("second")
+    *_, before, torn = kill(second, 13)
+    assert second.resumed_at() == [int(newest.name.removeprefix("step-"))]
+    # Whoever sent it did not come to its end.
+    (torn / MARKER).unlink()
+    third = attempt("third")
+    assert third.result() == expected
+    assert third.resumed_at() == [int(before.name.removeprefix("step-"))]
+    assert f"{torn} is skipped: it has no {MARKER}" in (third.folder / "output.txt").read_text()
 
 
 @pytest.mark.parametrize("largest_file", [100_000, 200_000], ids=["weights", "optimiser"])

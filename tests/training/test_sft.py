@@ -32,7 +32,7 @@ class Run:
         self.logged: list[dict[str, float]] = []
         self.folder = folder
         me = Owner.this_process()
-        lease = folder.parent / "lease.json"
+        lease = folder.parent / "lease-000001.json"
         lease.write_text(json.dumps(asdict(me)))
         kept = Checkpoints(folder.parent / "kept", "this training", Lease(lease, me))
         self.trained: Trained = train(examples, model, config, folder, seed, self._log, kept)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from selfalign.core.protocols import BuildJob, MapJob
+from selfalign.core.builds import run_build
+from selfalign.core.protocols import BuildJob, Committed, MapJob
 from selfalign.core.shards import ShardReport, run_shard
-from selfalign.core.stage import Built, Log
+from selfalign.core.stage import Log
 
 
 class LocalBackend:
@@ -14,15 +15,15 @@ class LocalBackend:
         """See `core.protocols.Backend`."""
         process = job.stage.open(job.context)
         for number in job.todo:
-            done(run_shard(job.stage, process, job.sources[number], job.artifact, number))
+            done(run_shard(job.stage, process, job.sources[number], job.artifact, number, job.stall_minutes))
 
-    def build(self, job: BuildJob, log: Log) -> Built:
+    def build(self, job: BuildJob, log: Log) -> Committed:
         """See `core.protocols.Backend`."""
         if (processes := job.stage.processes) is not None:
             from selfalign.backends.torchrun import launch
 
             return launch(job, processes, log)
-        return job.stage.build(job.context, job.place, log)
+        return run_build(job, log)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -1,119 +1,165 @@
-"""The Ray backend: a pool of actors, one engine an actor, one shard a task."""
+"""The Ray backend: steps on a cluster, or on a cluster of this machine that it starts itself."""
 
 import os
-from collections.abc import Callable
-from typing import Any
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 from selfalign.core.errors import InternalError, ServiceError, UsageError
 from selfalign.core.identity import code_digest
-from selfalign.core.protocols import BuildJob, MapJob
-from selfalign.core.shards import ShardReport, run_shard
-from selfalign.core.stage import Built, Log, Process, Resources
+from selfalign.core.protocols import BuildJob, Committed, MapJob
+from selfalign.core.shards import ShardReport
+from selfalign.core.stage import Log
 
-# A shard whose worker dies is handed out again; the journal beside it finds the row that kills, after three deaths
-# a row. This bound only ends what the journal cannot explain (a node that kills every worker at start).
-DEATHS_PER_SHARD = 50
-
-
-class Worker:
-    """What runs inside an actor: it opens a stage once and then processes shards."""
-
-    def __init__(self) -> None:
-        self._opened: tuple[str, Process] | None = None
-
-    def shard(self, code: str, job: MapJob, number: int) -> ShardReport:
-        """Process one shard."""
-        _check_code(code)
-        if self._opened is None or self._opened[0] != job.artifact.name:
-            self._opened = (job.artifact.name, job.stage.open(job.context))
-        return run_shard(job.stage, self._opened[1], job.sources[number], job.artifact, number)
-
-    def build(self, code: str, job: BuildJob) -> tuple[Built, list[dict[str, float]]]:
-        """Run a build; its log lines come back with the result."""
-        _check_code(code)
-        lines: list[dict[str, float]] = []
-        return job.stage.build(job.context, job.place, lambda line: lines.append(dict(line))), lines
+CONNECT_S = 10.0
+HEAD_LOOK_S, HEAD_AWAY_S = 5.0, 40.0
+# By this name Ray knows that a cluster is of one machine, which is its default where there is no Linux.
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 class RayBackend:
-    """Runs shards on a Ray cluster whose workers see the run folder."""
+    """Runs steps on a Ray cluster whose workers see the run folder.
+
+    The cluster is the one at RAY_ADDRESS, the one that this process runs a job of or is connected to, or else a new one
+    on this machine, with a token that nobody else has. Raises ServiceError where it cannot be reached, and UsageError
+    where its versions are others.
+    """
 
     def __init__(self) -> None:
+        address = os.environ.get("RAY_ADDRESS") or ("auto" if os.environ.get("RAY_JOB_ID") else "local")
+        self._ours = not ("ray" in sys.modules and sys.modules["ray"].is_initialized())
+        if self._ours and address == "local":
+            _keep_to_ourselves()
+        elif self._ours:
+            _check_answers(address)
         try:
             import ray
         except ModuleNotFoundError as error:
             raise UsageError("the Ray backend needs Ray: pip install -e '.[ray]' in the checkout") from error
+        from selfalign.backends.ray_pool import Pool
+
         self._ray, self._code = ray, code_digest()
-        try:
-            ray.init(address=os.environ.get("RAY_ADDRESS"), ignore_reinit_error=True, log_to_driver=False)
-        except (ConnectionError, RuntimeError) as error:
-            raise ServiceError(f"Ray cannot be reached at {os.environ.get('RAY_ADDRESS')}: {error}") from error
-        # Lost actors are replaced by hand below, so that the shard they held is known.
-        self._actor = ray.remote(max_restarts=0)(Worker)
+        if self._ours:
+            ours = {"include_dashboard": False} if address == "local" else {}
+            try:
+                with _handlers_kept():
+                    ray.init(address=address, log_to_driver=False, **ours)
+            except (ConnectionError, RuntimeError) as error:
+                raise _explained(address, error) from error
+        self._closed = threading.Event()
+        if address != "local":
+            head = ray.get_runtime_context().gcs_address
+            threading.Thread(target=_watch_head, args=(head, self._closed), daemon=True).start()
+        self._pool = Pool(self._code)
 
     def map(self, job: MapJob, done: Callable[[ShardReport], None]) -> None:
         """See `core.protocols.Backend`."""
-        from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
+        self._pool.map(job, done)
 
-        todo = list(reversed(job.todo))
-        idle = [self._start(job.resources) for _ in range(min(job.resources.workers, len(todo)))]
-        busy: dict[Any, tuple[Any, int]] = {}
-        deaths: dict[int, int] = {}
-        while todo or busy:
-            while todo and idle:
-                worker, number = idle.pop(), todo.pop()
-                busy[worker.shard.remote(self._code, job, number)] = (worker, number)
-            ready, _ = self._ray.wait(list(busy), num_returns=1)
-            worker, number = busy.pop(ready[0])
-            try:
-                done(self._ray.get(ready[0]))
-            except (ActorDiedError, ActorUnavailableError, OutOfMemoryError) as error:
-                deaths[number] = deaths.get(number, 0) + 1
-                if deaths[number] > DEATHS_PER_SHARD:
-                    raise InternalError(f"shard {number} of {job.artifact.name} kills every worker") from error
-                todo.append(number)
-                # It may be out of reach and not dead; what it holds is needed for the next one.
-                self._ray.kill(worker)
-                worker = self._start(job.resources)
-            except self._ray.exceptions.RayTaskError as error:
-                raise error.cause from error
-            idle.append(worker)
-        for worker in idle:
-            self._ray.kill(worker)
-
-    def build(self, job: BuildJob, log: Log) -> Built:
+    def build(self, job: BuildJob, log: Log) -> Committed:
         """See `core.protocols.Backend`."""
-        if (processes := job.stage.processes) is not None:
-            raise UsageError(
-                f"{job.stage.name} wants {processes} processes that build together, which the Ray backend does not "
-                "start yet; run this section with --backend local on the machine that has the GPUs, and the rest on Ray"
-            )
-        worker = self._start(job.resources)
-        try:
-            built, lines = self._ray.get(worker.build.remote(self._code, job))
-        except self._ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-        finally:
-            self._ray.kill(worker)
-        for line in lines:
-            log(line)
-        return built  # type: ignore[no-any-return]
+        if (processes := job.stage.processes) is None:
+            return self._pool.build(job, log)
+        self._pool.close()
+        from selfalign.backends.ray_train import build_ranks
+
+        return build_ranks(job, processes, self._code, log)
 
     def close(self) -> None:
-        """Leave the cluster."""
-        self._ray.shutdown()
-
-    def _start(self, resources: Resources) -> Any:
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        if not any(n.get("CPU", 0) >= resources.cpus and n.get("GPU", 0) >= resources.gpus for n in nodes):
-            has = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
-            raise UsageError(
-                f"no node can give a worker {resources.cpus:g} CPUs and {resources.gpus:g} GPUs (resources.<section>); "
-                f"the cluster's nodes have {has}"
-            )
-        return self._actor.options(num_cpus=resources.cpus, num_gpus=resources.gpus).remote()
+        """Give the workers back, and leave the cluster; one that this backend started ends."""
+        try:
+            self._pool.close()
+            if self._ours:
+                self._ray.shutdown()
+        finally:
+            self._closed.set()
 
 
-def _check_code(code: str) -> None:
-    if code != code_digest():
-        raise UsageError("driver and workers run different selfalign sources; use one image, or py_modules")
+@cache
+def _folder() -> "tempfile.TemporaryDirectory[str]":
+    """A folder that nobody else can read, until this process ends."""
+    return tempfile.TemporaryDirectory(prefix="selfalign-ray-")
+
+
+def _keep_to_ourselves() -> None:
+    """Have a cluster that we start listen on loopback only, and serve only those who know a token.
+
+    Ray reads this when it is imported.
+    """
+    if "ray" in sys.modules and LOOPBACK not in os.environ:
+        raise InternalError("Ray was imported before it could be told to listen on loopback only")
+    os.environ.setdefault(LOOPBACK, "0")
+    if any(name.startswith("RAY_AUTH_") for name in os.environ):
+        return
+    path = Path(_folder().name) / "token"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(path))
+
+
+def _watch_head(address: str, closed: threading.Event) -> None:
+    """End this process with 69 when nobody has listened at the head for a while.
+
+    Calls of Ray wait for it without end, and Ray itself ends a process after a minute, with 1.
+    """
+    host, _, port = address.rpartition(":")
+    answered = time.monotonic()
+    while not closed.wait(HEAD_LOOK_S):
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_LOOK_S).close()
+            answered = time.monotonic()
+        except OSError:
+            if time.monotonic() - answered > HEAD_AWAY_S:
+                told = f"selfalign: the head of the Ray cluster at {address} is gone; run again when there is one\n"
+                os.write(2, told.encode())
+                os._exit(ServiceError.exit_code)
+
+
+def _check_answers(address: str) -> None:
+    """Raise ServiceError where nobody listens: Ray itself would wait for minutes."""
+    if "://" in address:
+        raise UsageError(f"RAY_ADDRESS is {address}; name the head of the cluster by HOST:PORT, or submit a Ray job")
+    host, _, port = address.rpartition(":")
+    host, advice = host.strip("[]"), ""
+    if not port.isdigit():
+        return
+    if host in ("127.0.0.1", "localhost", "::1"):
+        from ray.util import get_node_ip_address
+
+        host = get_node_ip_address()
+        advice = f"; Ray takes that for {host}, so that a cluster on loopback is to be named LOCALHOST:{port}"
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise ServiceError(f"Ray cannot be reached at {address} (RAY_ADDRESS): {error}{advice}") from error
+
+
+def _explained(address: str, error: Exception) -> UsageError | ServiceError:
+    told = " ".join(str(error).split())
+    if "Version mismatch" in told:
+        return UsageError(f"the cluster at {address} has another Ray or Python than this process: {told}")
+    return ServiceError(
+        f"Ray cannot be used at {address}: {told}; is it the right address, and do "
+        "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH name its token?"
+    )
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Whatever Ray does when this process is asked to end, we save first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, kept)

@@ -10,14 +10,23 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from selfalign.core import preemption
-from selfalign.core.errors import InternalError, LeaseHeldError, PreemptedError, SelfalignError, StorageError
+from selfalign.core.builds import as_ours, logged, run_build
+from selfalign.core.errors import (
+    InternalError,
+    LeaseHeldError,
+    PreemptedError,
+    SelfalignError,
+    ServiceError,
+)
 from selfalign.core.lease import Lease
-from selfalign.core.protocols import BuildJob
-from selfalign.core.stage import Built, Log
+from selfalign.core.locations import scratch
+from selfalign.core.protocols import BuildJob, Committed
+from selfalign.core.stage import Log
 
 _logger = logging.getLogger(__name__)
 
@@ -28,15 +37,16 @@ cluster may have less patience."""
 JOB, LINES, BUILT = "job", "lines.jsonl", "built"
 
 
-def launch(job: BuildJob, processes: int, log: Log) -> Built:
+def launch(job: BuildJob, processes: int, log: Log) -> Committed:
     """Run `job` in `processes` ranks, and return what rank 0 built. Raises what a rank raised.
 
     A request to end is handed on to the ranks, which save themselves. What they write to their standard output and
-    error goes to `ranks.log` in the place's `kept`.
+    error goes to `ranks.log` beside the checkpoints, or in the scratch folder.
     """
-    job.place.kept.mkdir(parents=True, exist_ok=True)
-    output = job.place.kept / "ranks.log"
-    with tempfile.TemporaryDirectory(dir=job.place.kept, prefix="launch-") as name, output.open("ab") as file:
+    kept = scratch(job.artifact.kept)
+    kept.mkdir(parents=True, exist_ok=True)
+    output = kept / "ranks.log"
+    with tempfile.TemporaryDirectory(dir=kept, prefix="launch-") as name, output.open("ab") as file:
         folder = Path(name)
         (folder / JOB).write_bytes(pickle.dumps(job))
         (folder / LINES).touch()
@@ -64,8 +74,8 @@ def launch(job: BuildJob, processes: int, log: Log) -> Built:
             process.terminate()
             process.wait()
         if (folder / BUILT).exists():
-            built: Built = pickle.loads((folder / BUILT).read_bytes())
-            return built
+            committed: Committed = pickle.loads((folder / BUILT).read_bytes())
+            return committed
         # The first that failed. What was ended because of it saved itself, and is no news; unless all did.
         paths = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
         errors: list[SelfalignError] = [pickle.loads(path.read_bytes()) for path in paths]
@@ -75,7 +85,7 @@ def launch(job: BuildJob, processes: int, log: Log) -> Built:
         preemption.deliver()
         if len(errors) == processes:
             raise errors[0]
-    job.place.lease.check()
+    job.lease.check()
     raise InternalError(
         f"the ranks ended with {process.returncode} without saying why: one was killed (too little memory?), or this "
         f"is a bug; {output} has their last words"
@@ -107,7 +117,7 @@ def main(path: Path) -> int:
     """One rank. Returns the exit code; the result, or the error, lies beside the job."""
     preemption.handle()
     job: BuildJob = pickle.loads(path.read_bytes())
-    threading.Thread(target=_end_without, args=(job.place.lease,), daemon=True).start()
+    threading.Thread(target=_end_without, args=(job.lease,), daemon=True).start()
     mine = int(os.environ["RANK"])
     with (path.parent / LINES).open("a", buffering=1) as lines:
 
@@ -115,20 +125,16 @@ def main(path: Path) -> int:
             if mine == 0:
                 lines.write(json.dumps(line) + "\n")
 
-        class Handler(logging.Handler):
-            def emit(self, record: logging.LogRecord) -> None:
-                say({"logger": record.name, "level": record.levelno, "message": record.getMessage()})
+        def log(record: tuple[str, int, str]) -> None:
+            say(dict(zip(("logger", "level", "message"), record, strict=True)))
 
-        ours = logging.getLogger("selfalign")
-        ours.addHandler(Handler())
-        ours.setLevel(logging.INFO)
         try:
-            with preemption.delivered():
-                built = job.stage.build(job.context, job.place, lambda figures: say({"figures": dict(figures)}))
+            with preemption.delivered(), logged(log):
+                committed = run_build(job, lambda figures: say({"figures": dict(figures)}))
                 if mine == 0:
-                    _write(path.parent / BUILT, built)
+                    _write(path.parent / BUILT, committed)
         except (SelfalignError, OSError) as error:
-            told = error if isinstance(error, SelfalignError) else StorageError(str(error))
+            told = as_ours(error)
             _write(path.parent / f"error-{mine}", told)
             return told.exit_code
     return 0
@@ -142,8 +148,12 @@ def _write(path: Path, value: object) -> None:
 
 def _end_without(lease: Lease) -> None:
     """End this process when its driver is dead, or somebody else builds: nobody would use what it makes."""
-    while lease.is_held():
-        time.sleep(1)
+    held = True
+    while held:
+        time.sleep(2)
+        # A store that is away says nothing about it.
+        with suppress(ServiceError):
+            held = lease.is_held()
     os._exit(LeaseHeldError.exit_code)
 
 

@@ -1,5 +1,9 @@
 """What can go wrong, as one picklable family whose members know their exit code."""
 
+import re
+
+_OUT = re.compile(r"out of memory|can.?t allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED", re.I)
+
 
 class SelfalignError(Exception):
     """Root of every error that selfalign raises on purpose. `exit_code` is what the process ends with."""
@@ -57,3 +61,16 @@ class StorageError(SelfalignError):
     """Reading or writing the run folder failed (disk full, permission, damaged bytes)."""
 
     exit_code = 74
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it, or what it came from, is CUDA's, the CPU allocator's or Python's way to say that memory ran out."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # By its name, since torch is not imported for this.
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(cause, (RuntimeError, OSError)) and _OUT.search(str(cause)):
+            return True
+        cause = cause.__cause__
+    return False

@@ -4,8 +4,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 
 def canonical(value: JsonValue) -> bytes:
@@ -18,9 +22,10 @@ def digest(value: JsonValue) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: "Path | UPath") -> str:
     """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+    opened: Any = path.open("rb")
+    with opened as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,6 +1,5 @@
 """Who is at work on an artifact: a lease with a heartbeat, kept as a file beside it."""
 
-import fcntl
 import json
 import os
 import socket
@@ -12,8 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from selfalign.core.errors import LeaseHeldError
-from selfalign.core.store import replace
+from selfalign.core.errors import LeaseHeldError, ServiceError, StorageError
+from selfalign.core.locations import Location, commit, entries, reachable, read, replace, touch
 
 HEARTBEAT_S = 5.0
 STALE_S = 60.0
@@ -56,71 +55,95 @@ def _start_time(pid: int) -> str | None:
 class Lease:
     """The right to build one artifact, as `owner` took it. Travels by pickle to the processes that build for it."""
 
-    path: Path
+    path: Location
     owner: Owner
 
     def is_held(self) -> bool:
         """Whether it is still the owner's, and the owner not known to be dead. It may have slept for a while."""
-        holder, _ = _holder(self.path)
-        return holder == self.owner and not self.owner.is_dead()
+        return self._holder() == self.owner and not self.owner.is_dead()
 
     def check(self) -> None:
         """Raise LeaseHeldError where somebody else has taken over: nothing may be committed any more."""
-        holder, _ = _holder(self.path)
+        holder = self._holder()
         if holder != self.owner:
             raise LeaseHeldError(
                 f"{self.path.parent.name} was taken over by {holder or 'somebody'} while this process gave no sign of "
                 "life; run again to use what they build"
             )
 
+    def _holder(self) -> Owner | None:
+        newest = _newest(self.path.parent)
+        return None if newest is None else _holder(newest)[0]
+
 
 @contextmanager
-def lease(path: Path, wait: bool, say: Callable[[str], None]) -> Iterator[Lease]:
-    """Hold the lease at `path` while the block runs.
+def lease(folder: Location, wait: bool, say: Callable[[str], None]) -> Iterator[Lease]:
+    """Hold the lease of `folder` while the block runs.
 
     Where somebody else holds it, says who, then waits (or raises LeaseHeldError when `wait` is false). Takes
     over at once from a dead process of this host, after 60 s without a heartbeat from any other.
+
+    Each holder has a file with a number of its own, created once and written by nobody else; whose number is the
+    highest holds the lease. So nothing is taken away from under anybody, and whoever was passed over sees it.
     """
     me = Owner.this_process()
-    draft = path.with_name(f".{path.name}.{me.token}")
-    draft.write_text(json.dumps(asdict(me)))
-    told = False
+    while not _claim(mine := _free(folder, wait, say), me):
+        pass
     try:
-        while not _claim(draft, path):
-            holder, age_s = _holder(path)
-            if _abandoned(holder, age_s):
-                _evict(path)
-                continue
-            message = f"{path.parent.name} is being built by {holder}, last sign of life {age_s:.0f} s ago"
-            if not wait:
-                raise LeaseHeldError(message)
-            if not told:
-                say(message + "; waiting for it")
-                told = True
-            time.sleep(1)
+        with heartbeat(lambda: touch(mine)):
+            yield Lease(mine, me)
     finally:
-        draft.unlink(missing_ok=True)
-    with heartbeat(path):
-        try:
-            yield Lease(path, me)
-        finally:
-            holder, _ = _holder(path)
-            if holder == me:
-                path.unlink(missing_ok=True)
+        # The last number stays, given back: it must not be taken by one who looked before. After the last beat, which
+        # would bring it to life again.
+        replace(mine, b"{}")
+
+
+def _free(folder: Location, wait: bool, say: Callable[[str], None]) -> Location:
+    """The next number's path, as soon as nobody living has the one before."""
+    told = False
+    while (newest := _newest(folder)) is not None:
+        holder, age_s = _holder(newest)
+        if _abandoned(holder, age_s):
+            return folder / f"lease-{_number(newest) + 1:06d}.json"
+        message = f"{folder.name} is being built by {holder}, last sign of life {age_s:.0f} s ago"
+        if not wait:
+            raise LeaseHeldError(message)
+        if not told:
+            say(message + "; waiting for it")
+            told = True
+        time.sleep(1)
+    return folder / f"lease-{1:06d}.json"
+
+
+def _claim(path: Location, me: Owner) -> bool:
+    if not commit(path, json.dumps(asdict(me)).encode()):
+        return False
+    for older in entries(path.parent, "lease-*.json"):
+        if _number(older) < _number(path):
+            older.unlink(missing_ok=True)
+    return True
+
+
+def _newest(folder: Location) -> Location | None:
+    return max(entries(folder, "lease-*.json"), key=_number, default=None)
+
+
+def _number(path: Location) -> int:
+    return int(path.name.removeprefix("lease-").removesuffix(".json"))
 
 
 @contextmanager
-def heartbeat(path: Path) -> Iterator[None]:
-    """Touch `path` every few seconds while the block runs."""
+def heartbeat(beat: Callable[[], None]) -> Iterator[None]:
+    """Give a sign of life every few seconds while the block runs."""
     done = threading.Event()
 
-    def beat() -> None:
+    def beats() -> None:
         while not done.wait(HEARTBEAT_S):
             # A beat may fail, on a network file system say; the next one counts.
-            with suppress(OSError):
-                os.utime(path)
+            with suppress(OSError, ServiceError, StorageError):
+                beat()
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=beats, daemon=True)
     thread.start()
     try:
         yield
@@ -130,45 +153,40 @@ def heartbeat(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def presence(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Announce this driver in `folder` while the block runs, and say which other living ones are there."""
-    folder.mkdir(parents=True, exist_ok=True)
+def presence(folder: Location, say: Callable[[str], None]) -> Iterator[Location]:
+    """Announce this driver by a file in `folder` while the block runs, and say which other living ones are there."""
     me = Owner.this_process()
-    for path in sorted(folder.glob("*.json")):
+    for path in entries(folder, "*.json"):
         other, age_s = _holder(path)
         if _abandoned(other, age_s):
             path.unlink(missing_ok=True)
         else:
             say(f"{other} works on this run too, last sign of life {age_s:.0f} s ago; the first commit wins")
     mine = folder / f"{me.host}-{me.pid}.json"
-    # Whole at once: what cannot be read counts as dead.
-    replace(mine, json.dumps(asdict(me)).encode())
+
+    def announce() -> None:
+        # Whole at once: what cannot be read counts as dead. Written anew each time, since somebody may have found it
+        # too old, after a night's sleep say, and removed it.
+        replace(mine, json.dumps(asdict(me)).encode())
+
+    announce()
     try:
-        with heartbeat(mine):
-            yield
+        with heartbeat(announce):
+            yield mine
     finally:
         mine.unlink(missing_ok=True)
 
 
-def anyone_present(folder: Path) -> bool:
+def anyone_present(folder: Location) -> bool:
     """Whether a living driver has announced itself in `folder`."""
-    return not all(_abandoned(*_holder(path)) for path in folder.glob("*.json"))
+    return not all(_abandoned(*_holder(path)) for path in entries(folder, "*.json"))
 
 
-def _claim(draft: Path, path: Path) -> bool:
-    # Before the link: however long this one has waited, whoever looks next must see a sign of life.
-    os.utime(draft)
+@reachable()
+def _holder(path: Location) -> tuple[Owner | None, float]:
     try:
-        os.link(draft, path)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _holder(path: Path) -> tuple[Owner | None, float]:
-    try:
-        return _owner(path.read_bytes()), time.time() - path.stat().st_mtime
-    except OSError:
+        return _owner(read(path)), time.time() - path.stat().st_mtime
+    except FileNotFoundError:
         return None, 0.0
 
 
@@ -181,17 +199,3 @@ def _owner(data: bytes) -> Owner | None:
 
 def _abandoned(holder: Owner | None, age_s: float) -> bool:
     return holder is None or holder.is_dead() or age_s > STALE_S
-
-
-def _evict(path: Path) -> None:
-    """Remove an abandoned lease; leave alone what somebody has claimed since the caller looked."""
-    with suppress(FileNotFoundError), path.open("r+b") as file:
-        # Of several who evict, one at a time looks again and removes, and the others find another file or none.
-        # A file system without locks leaves a moment in which two could.
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        # What is looked at is the open file, which nobody but whoever has the lock removes when it is abandoned: by its
-        # name it could be gone by now, and the name be somebody else's.
-        seen = os.fstat(file.fileno())
-        if os.path.samestat(seen, path.stat()) and _abandoned(_owner(file.read()), time.time() - seen.st_mtime):
-            path.unlink()

@@ -15,6 +15,7 @@ _asked: int | None = None
 _delivers = False
 _deferred = False
 _looks = True
+_looked = False
 
 
 def handle() -> None:
@@ -27,6 +28,20 @@ def handle() -> None:
     signal.signal(signal.SIGALRM, _nobody_looked)
 
 
+def ask(number: int) -> None:
+    """Ask this process in the name of the signal `number`, from any thread, where signals are not ours to handle.
+
+    The request waits until somebody looks, or until the work is done: nothing can be raised in another thread.
+    """
+    global _asked, _looked
+    _asked, _looked = number, False
+
+
+def overlooked() -> bool:
+    """Whether a request waits that nobody has looked at, and nothing is being saved."""
+    return _asked is not None and _looks and not _looked
+
+
 def defer(looks: bool = True) -> None:
     """From now on a request waits: whoever calls this looks at `asked` every few seconds, saves, and ends.
 
@@ -36,13 +51,15 @@ def defer(looks: bool = True) -> None:
     global _deferred, _looks
     _deferred, _looks = _delivers, looks
     if not looks or _asked is not None:
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE_S if looks else 0)
+        _alarm(PATIENCE_S if looks else 0)
 
 
 def asked() -> bool:
     """Whether a request waits. Whoever is told so has all the time that the cluster gives."""
+    global _looked
     if _asked is not None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _looked = True
+        _alarm(0)
     return _asked is not None
 
 
@@ -52,7 +69,7 @@ def deliver() -> None:
     # First: what comes after it is raised where it comes.
     _deferred = False
     number = _asked
-    _forget()
+    forget()
     if number is not None:
         raise _error(number)
 
@@ -65,38 +82,49 @@ def delivered() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _forget()
+        forget()
         raise
     finally:
         _delivers = False
     deliver()
 
 
-def _forget() -> None:
+def forget() -> None:
+    """Drop a request that waits: somebody else obeys it."""
     global _asked, _deferred
     _deferred = False
     if _asked is not None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _alarm(0)
     _asked = None
 
 
+def _alarm(seconds: float) -> None:
+    # Where it is not ours to handle, it would end the process.
+    if signal.getsignal(signal.SIGALRM) is _nobody_looked:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 def _received(number: int, _: FrameType | None) -> None:
-    global _asked
     again = number == signal.SIGINT and _asked is not None
     if again or not _deferred:
         raise _error(number)
     if number == signal.SIGINT:
         os.write(2, b"\nselfalign: saving; interrupt again to end at once\n")
     elif _asked is None and _looks:
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
-    _asked = number
+        _alarm(PATIENCE_S)
+    ask(number)
 
 
-def _nobody_looked(_: int, __: FrameType | None) -> None:
-    raise PreemptedError(
+def unsaved() -> PreemptedError:
+    """What ends a process that is asked and does not look."""
+    return PreemptedError(
         f"stopped; the step under way did not end within {PATIENCE_S:.0f} s, so that what came after the last "
         "checkpoint is lost (save_steps); the same command goes on from there"
     )
+
+
+def _nobody_looked(_: int, __: FrameType | None) -> None:
+    raise unsaved()
 
 
 def _error(number: int) -> PreemptedError | KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """The protocols: what every engine and every backend implements, and what passes through them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -8,9 +8,11 @@ from typing import Literal, Protocol
 from pydantic import Field
 
 from selfalign.core.frozen import Frozen
+from selfalign.core.lease import Lease
+from selfalign.core.locations import Location
 from selfalign.core.records import Message
 from selfalign.core.shards import ShardReport
-from selfalign.core.stage import BuildStage, Built, Context, Log, MapStage, Place, Resources, ShardSource
+from selfalign.core.stage import STALL_MINUTES, BuildStage, Built, Context, Log, MapStage, Resources, ShardSource
 from selfalign.core.store import Artifact
 
 # Private-use characters around a word, as no text holds them.
@@ -96,7 +98,10 @@ class Engine(Generator, Scorer, Protocol):
 
 @dataclass(frozen=True)
 class MapJob:
-    """A map step to be done: input shard i makes output shard i, for every i in `todo`."""
+    """A map step to be done: input shard i makes output shard i, for every i in `todo`.
+
+    `driver` is a file of the run folder that the driver has just written: who does not see it sees another folder.
+    """
 
     stage: MapStage
     context: Context
@@ -104,27 +109,39 @@ class MapJob:
     sources: tuple[ShardSource, ...]
     todo: tuple[int, ...]
     resources: Resources
+    stall_minutes: float = STALL_MINUTES
+    driver: Location | None = None
 
 
 @dataclass(frozen=True)
 class BuildJob:
-    """A build step to be done at `place`."""
+    """A build step to be done under `lease`: `core.builds.run_build` does it. Travels by pickle."""
 
     stage: BuildStage
     context: Context
-    place: Place
+    artifact: Artifact
+    lease: Lease
     resources: Resources
+    driver: Location | None = None
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A build that is done, and its files with their SHA-256, which lie where they belong."""
+
+    built: Built
+    files: Mapping[str, str]
 
 
 class Backend(Protocol):
-    """Runs steps somewhere. Whatever it does, shards are committed through `core.shards.run_shard`."""
+    """Runs steps somewhere: shards through `core.shards.run_shard`, builds through `core.builds.run_build`."""
 
     def map(self, job: MapJob, done: Callable[[ShardReport], None]) -> None:
         """Run the shards of `job.todo`, calling `done` in this process after each."""
         ...
 
-    def build(self, job: BuildJob, log: Log) -> Built:
-        """Run a build into its folder; `log` receives its measurements, at the latest when it ends."""
+    def build(self, job: BuildJob, log: Log) -> Committed:
+        """Run a build and commit its files; `log` receives its measurements, at the latest when it ends."""
         ...
 
     def close(self) -> None:

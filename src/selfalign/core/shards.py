@@ -1,20 +1,22 @@
 """Process one shard: batches under an attempt journal, the ledger proved, one commit."""
 
+import dataclasses
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from selfalign.core.errors import InternalError
+from selfalign.core.errors import InternalError, is_out_of_memory
+from selfalign.core.identity import file_digest
 from selfalign.core.ledger import Ledger
+from selfalign.core.locations import Location, commit, reachable, read, replace
 from selfalign.core.records import Outcome, quarantined
-from selfalign.core.stage import MapStage, Process, ShardSource
-from selfalign.core.store import Artifact, commit
+from selfalign.core.stage import STALL_MINUTES, MapStage, Process, ShardSource
+from selfalign.core.store import Artifact
 from selfalign.core.tables import further_units, ledger_of, read_kept, to_parquet
+from selfalign.core.watchdog import Watchdog
 
 # A batch is tried twice whole, because what killed it may well have come from outside and a batch run whole gives
 # the same bytes again; then its rows run alone, once. So a row that kills its worker does so three times in all.
@@ -23,43 +25,64 @@ ALONE_TRIES = 1
 
 
 class Journal:
-    """Which batch was in flight: survives the process, so that a row that kills it is found."""
+    """Which batch was in flight: survives the process, so that a row that kills it is found.
 
-    def __init__(self, path: Path) -> None:
+    `stall_minutes` without an end kill it, too (`core.watchdog`).
+    """
+
+    def __init__(self, path: Location, stall_minutes: float) -> None:
         self.path = path
-        self.unfinished: Counter[str] = Counter()
-        entries = path.read_text().splitlines() if path.exists() else []
-        for line in entries:
-            # A torn last line means that the write itself was cut off, before the batch began.
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            self.unfinished[entry["key"]] += 1 if entry["begin"] else -1
+        self._watchdog = Watchdog(stall_minutes * 60)
+        self.unfinished = self._read()
 
     def run(self, key: str, process: Process, rows: Sequence[Any]) -> list[Outcome]:
         """Process rows, noting the start before and the end after."""
-        self._write(key, begin=True)
+        global _in_flight
+        self.note(key, 1)
+        _in_flight = (self, key)
         try:
-            return list(process.run(rows))
+            with self._watchdog.watching(f"{self.path.parent.name}, {self.path.stem}, {key}"):
+                return list(process.run(rows))
         finally:
             # An exception is no crash: only a process that died leaves its start without an end.
-            self._write(key, begin=False)
+            _in_flight = None
+            self.note(key, -1)
 
-    def _write(self, key: str, begin: bool) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            # The line end comes first, so that a line that was torn before spoils no other.
-            file.write(b"\n" + json.dumps({"key": key, "begin": begin}).encode())
-            file.flush()
-            os.fsync(file.fileno())
+    def note(self, key: str, more: int) -> None:
+        """Count `more` starts without an end."""
+        # Another worker, out of the driver's reach, may be at the same shard.
+        self.unfinished = self._read()
+        self.unfinished[key] += more
+        replace(self.path, json.dumps(+self.unfinished).encode())
+
+    def _read(self) -> Counter[str]:
+        try:
+            return Counter(json.loads(read(self.path)))
+        except (FileNotFoundError, ValueError):
+            # Torn, where a file system does not keep what it promises, it says as much as none.
+            return Counter()
+
+    def discard(self) -> None:
+        """Of a shard that is committed nobody asks any more."""
+        self.path.unlink(missing_ok=True)
+
+
+_in_flight: tuple[Journal, str] | None = None
+
+
+def withdraw() -> None:
+    """This process is about to be ended on request, from any thread: what is in flight has not killed it."""
+    if _in_flight is not None:
+        journal, key = _in_flight
+        journal.note(key, -1)
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What happened to one shard. `seconds` and `tokens` are this attempt's."""
+    """What happened to one shard, whose SHA-256 is `sha256`. `seconds` and `tokens` are this attempt's."""
 
     number: int
+    sha256: str = ""
     ledger: Ledger = field(default_factory=Ledger)
     tokens: int = 0
     seconds: float = 0.0
@@ -70,28 +93,39 @@ def input_rows(stage: MapStage, source: ShardSource) -> list[Any]:
     return list(source) if isinstance(source, tuple) else list(read_kept(source, stage.record))
 
 
-def run_shard(stage: MapStage, process: Process, source: ShardSource, artifact: Artifact, number: int) -> ShardReport:
+@reachable()
+def run_shard(
+    stage: MapStage,
+    process: Process,
+    source: ShardSource,
+    artifact: Artifact,
+    number: int,
+    stall_minutes: float = STALL_MINUTES,
+) -> ShardReport:
     """Make output shard `number` from input shard `source` and commit it; the first commit of its name wins."""
     started, tokens = time.monotonic(), process.tokens()
     rows = input_rows(stage, source)
-    outcomes = _outcomes(stage, process, rows, Journal(artifact.folder / f"journal-{number:05d}.jsonl"))
+    journal = Journal(artifact.folder / f"journal-{number:05d}.json", stall_minutes)
+    outcomes = _outcomes(stage, process, rows, journal)
     ids = Counter(outcome.id for outcome in outcomes)
     if len(ids) != len(outcomes):
         raise InternalError(f"{artifact.name} shard {number}: id {ids.most_common(1)[0][0]!r} came out twice")
     commit(artifact.shard(number), to_parquet(outcomes, stage.output))
-    ledger = shard_ledger(stage, rows, artifact, number)
-    return ShardReport(number, ledger, process.tokens() - tokens, time.monotonic() - started)
+    journal.discard()
+    report = shard_report(stage, rows, artifact, number)
+    return dataclasses.replace(report, tokens=process.tokens() - tokens, seconds=time.monotonic() - started)
 
 
-def shard_ledger(stage: MapStage, rows: Sequence[Any], artifact: Artifact, number: int) -> Ledger:
-    """The balanced ledger of a committed shard, from what it holds and what went in."""
-    ledger = ledger_of(artifact.shard(number))
+def shard_report(stage: MapStage, rows: Sequence[Any], artifact: Artifact, number: int) -> ShardReport:
+    """The digest and the balanced ledger of a committed shard, from what it holds and what went in."""
+    path = artifact.shard(number)
+    ledger = ledger_of(path)
     ledger.sources, ledger.in_ = len(rows), sum(stage.units(row) for row in rows)
     if stage.splits:
         # The number of records is known beforehand, so that each of them must show; what they hold beyond is not.
         ledger.sources = ledger.in_
-        ledger.in_ += further_units(artifact.shard(number))
-    return ledger.check(f"{artifact.name} shard {number}")
+        ledger.in_ += further_units(path)
+    return ShardReport(number, file_digest(path), ledger.check(f"{artifact.name} shard {number}"))
 
 
 def _outcomes(stage: MapStage, process: Process, rows: Sequence[Any], journal: Journal) -> list[Outcome]:
@@ -101,16 +135,26 @@ def _outcomes(stage: MapStage, process: Process, rows: Sequence[Any], journal: J
         batch = rows[start : start + stage.batch_rows]
         key = f"batch {start}"
         if journal.unfinished[key] < WHOLE_TRIES:
-            outcomes += journal.run(key, process, batch)
-        else:
-            outcomes += [o for row in batch for o in _alone(stage, process, row, journal)]
+            try:
+                outcomes += journal.run(key, process, batch)
+                continue
+            except (MemoryError, RuntimeError) as error:
+                # What is too much together may fit alone. Whole it would be too much again.
+                if not is_out_of_memory(error):
+                    raise
+        outcomes += [o for row in batch for o in _alone(stage, process, row, journal)]
     return outcomes
 
 
 def _alone(stage: MapStage, process: Process, row: Any, journal: Journal) -> Iterable[Outcome]:
     key = f"row {row.id}"
-    if journal.unfinished[key] < ALONE_TRIES:
-        return journal.run(key, process, [row])
     units = stage.units(row)
+    if journal.unfinished[key] < ALONE_TRIES:
+        try:
+            return journal.run(key, process, [row])
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return [quarantined(row.id, "out_of_memory", "it alone is too much for the memory of its worker", units)]
     tries = WHOLE_TRIES + ALONE_TRIES
     return [quarantined(row.id, "crashed_worker", f"its worker died {tries} times while processing it", units)]

@@ -7,13 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, PositiveInt, field_validator, model_validator
 
 from selfalign.core.errors import InternalError
 from selfalign.core.frozen import Frozen
 from selfalign.core.identity import seed_for, step_identity
 from selfalign.core.lease import Lease
 from selfalign.core.ledger import Ledger
+from selfalign.core.locations import Location
 from selfalign.core.records import Outcome, Record
 from selfalign.core.tables import read_kept
 
@@ -25,16 +26,43 @@ R_co = TypeVar("R_co", bound=Record, covariant=True)
 
 Settings = Mapping[str, Frozen | JsonValue]
 # What a map's output shard is made from: a shard of a table, or records of what lies outside.
-ShardSource = Path | tuple[Record, ...]
+ShardSource = Location | tuple[Record, ...]
 Log = Callable[[Mapping[str, float]], None]
 
 
+STALL_MINUTES = 30.0
+"""How long a batch may take without anybody minding."""
+
+
+class Workers(Frozen):
+    """How many workers a step has: as many of `max` as have shards to do, and `min` are kept for the next step."""
+
+    min: PositiveInt = 1
+    max: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Workers":
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min} and max is {self.max}; min must not be above max")
+        return self
+
+
 class Resources(Frozen):
-    """What a step's workers get, and how many there are. Only a cluster obeys it; this process is one worker."""
+    """What each of a step's workers gets, and how many there are. Only a cluster obeys it; this process is one worker.
+
+    `gpus` may be a share of one, or whole GPUs of one node.
+    """
 
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
-    workers: int = Field(2, gt=0)
+    workers: Workers = Workers()
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_or_shared(cls, gpus: float) -> float:
+        if gpus > 1 and not gpus.is_integer():
+            raise ValueError(f"{gpus:g} GPUs cannot be given: a share is at most 1, and more are whole ones")
+        return gpus
 
 
 @dataclass(frozen=True)
@@ -99,9 +127,9 @@ class Context:
         return KeptRows(self._artifact(role), record)
 
     def path(self, role: str) -> Path:
-        """The folder of a build's files, or the path of something outside."""
+        """The folder of a build's files on this machine, or the path of something outside."""
         source = self.inputs[role]
-        return Path(source.path) if isinstance(source, External) else source.files
+        return Path(source.path) if isinstance(source, External) else source.local_files()
 
     def manifest(self, role: str) -> "Manifest":
         """The manifest of an input made by a step."""
@@ -216,14 +244,14 @@ class Built:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a build works, in one process or in several. Travels by pickle.
+    """Where a build works, in one process or in several.
 
     What is written into `draft` becomes the artifact's files. What is in `kept` outlives a build that ends early, until
     the artifact is complete: before anything is committed there, `lease` must have been checked.
     """
 
     draft: Path
-    kept: Path
+    kept: Location
     identity: str
     lease: Lease
 
@@ -246,8 +274,8 @@ class BuildStage(Stage):
 class Step:
     """A stage in its place: `name` is `section.verb` or `section.verb@round`, `arm` is None for the main one.
 
-    `inputs` decide its identity. `after` only orders it, and carries a stop or a failed gate to it, and `resources`
-    says what its workers get.
+    `inputs` decide its identity. `after` only orders it, and carries a stop or a failed gate to it, `resources` says
+    what its workers get, and after `stall_minutes` without progress one of them ends.
     """
 
     name: str
@@ -257,6 +285,7 @@ class Step:
     arm: str | None = None
     after: tuple["Step", ...] = ()
     resources: Resources = field(default_factory=Resources)
+    stall_minutes: float = STALL_MINUTES
 
     @property
     def section(self) -> str:

@@ -2,18 +2,17 @@
 
 ```
 run.json  recipe.json  artifacts/<stage>-<identity>/{shard-00000.parquet … | files/}  metrics.jsonl  manifest.json
-                       while a build is under way: lease.json  draft-<token>/  kept/ (checkpoints)
+                       while a build is under way: lease-000001.json  draft-<token>/  kept/ (checkpoints)
 ```
+
+It lies on a file system or in an object store (`core.locations`). There metrics come in several files, and what is not
+committed yet lies in this machine's scratch folder.
 """
 
-import errno
 import json
-import os
-import shutil
-import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,6 +21,9 @@ from pydantic import JsonValue, TypeAdapter
 from selfalign.core.errors import MismatchError, StorageError
 from selfalign.core.identity import digest, file_digest
 from selfalign.core.ledger import Ledger
+from selfalign.core.locations import Location, commit, entries, fetched, reachable, read, scratch
+
+VERIFIED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -46,37 +48,51 @@ class Manifest:
 class Artifact:
     """The output of one step, complete or not."""
 
-    folder: Path
+    folder: Location
     identity: str
 
     @property
-    def files(self) -> Path:
+    def files(self) -> Location:
         """Where a build's files lie."""
         return self.folder / "files"
 
+    def local_files(self) -> Path:
+        """A build's files on this machine, where models can be loaded from them."""
+        if isinstance(self.folder, Path):
+            return self.folder / "files"
+        manifest = self.manifest()
+        if manifest is None:
+            raise StorageError(f"{self.folder} has no manifest any more; run again to rebuild it")
+        return fetched(self.files, {n.removeprefix("files/"): sha256 for n, sha256 in manifest.files.items()})
+
     @property
-    def kept(self) -> Path:
+    def kept(self) -> Location:
         """What a build keeps for the case that it is ended early."""
         return self.folder / "kept"
+
+    def draft(self, token: str) -> Path:
+        """Where a build writes on this machine, before its files are committed."""
+        return scratch(self.folder) / f"draft-{token}"
 
     @property
     def name(self) -> str:
         """`<stage>-<identity>`."""
         return self.folder.name
 
-    def shard(self, number: int) -> Path:
+    def shard(self, number: int) -> Location:
         """The one name of a shard."""
         return self.folder / f"shard-{number:05d}.parquet"
 
-    def shards(self) -> list[Path]:
+    def shards(self) -> list[Location]:
         """The shards that are committed, in order."""
-        return sorted(self.folder.glob("shard-?????.parquet"))
+        # Beyond 99,999 their numbers are longer.
+        return sorted(entries(self.folder, "shard-*.parquet"), key=lambda path: (len(path.name), path.name))
 
     def manifest(self) -> Manifest | None:
         """The manifest, or None while the artifact is incomplete."""
         path = self.folder / "manifest.json"
         try:
-            return Manifest(**json.loads(path.read_bytes()))
+            return Manifest(**json.loads(read(path)))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
@@ -85,13 +101,19 @@ class Artifact:
     def verify(self) -> None:
         """Compare every file with the manifest. Raises StorageError naming the first that differs."""
         manifest = self.manifest()
-        for name, sha256 in (manifest.files if manifest else {}).items():
-            path = self.folder / name
-            if not path.is_file() or file_digest(path) != sha256:
-                raise StorageError(
-                    f"{path} is not what {self.name} committed (missing or changed bytes); "
-                    "delete that folder and run again to rebuild it"
-                )
+        files = manifest.files if manifest else {}
+        names = sorted(files)
+        # In an object store each of them is a journey there and back.
+        with ThreadPoolExecutor(VERIFIED_AT_ONCE) as pool:
+            for start in range(0, len(names), 16 * VERIFIED_AT_ONCE):
+                some = names[start : start + 16 * VERIFIED_AT_ONCE]
+                found = pool.map(_digest_if_there, [self.folder / name for name in some])
+                for name, there in zip(some, found, strict=True):
+                    if there != files[name]:
+                        raise StorageError(
+                            f"{self.folder / name} is not what {self.name} committed (missing or changed bytes); "
+                            f"delete {self.folder} and run again to rebuild it"
+                        )
 
     def finish(self, manifest: Manifest) -> Manifest:
         """Make the artifact visible. Of two writers the first wins, and its manifest is returned."""
@@ -104,86 +126,24 @@ class Artifact:
 class Store:
     """A run folder."""
 
-    root: Path
+    root: Location
 
     def artifact(self, stage: str, identity: str) -> Artifact:
         """The artifact of that identity, whether or not it is there yet."""
         return Artifact(self.root / "artifacts" / f"{stage}-{identity}", identity)
 
 
-def commit(path: Path, data: bytes) -> bool:
-    """Write `data` under its final name, durably and all at once. False where somebody committed that name before."""
-    with _drafted(path, data) as draft:
-        try:
-            # A link, unlike a rename, never replaces what is there.
-            os.link(draft, path)
-        except FileExistsError:
-            return False
-        _sync(path.parent)
-    return True
-
-
-def commit_folder(draft: Path, final: Path) -> bool:
-    """Give a written folder its final name, durably. False where somebody committed that name before."""
-    with _explained(final):
-        for path in (draft, *draft.rglob("*")):
-            if path.is_file():
-                # Some writers of weights let their user alone read them, whatever the umask says; the folder obeys it.
-                path.chmod(draft.stat().st_mode & 0o666)
-            _sync(path)
-        try:
-            os.rename(draft, final)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            shutil.rmtree(draft)
-            return False
-        _sync(final.parent)
-    return True
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Write a file that may change (run.json): readers see the old or the new one, whole."""
-    with _drafted(path, data) as draft:
-        os.replace(draft, path)
-
-
-@contextmanager
-def _drafted(path: Path, data: bytes) -> Iterator[Path]:
-    """`data` in a durable file beside `path`, under a name that is gone afterwards."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with draft.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield draft
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Make a file's bytes, or the names in a folder, durable."""
-    handle = os.open(path, os.O_RDONLY)
+@reachable()
+def _digest_if_there(path: Location) -> str | None:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return file_digest(path)
+    except (FileNotFoundError, IsADirectoryError):
+        return None
 
 
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; what was committed so far stays") from error
-
-
-def content_digest(folder: Path, names: Sequence[str]) -> str:
-    """SHA-256 over the named files' digests: an artifact's content."""
-    return digest({name: file_digest(folder / name) for name in names})
+def content_digest(files: Mapping[str, str], names: Sequence[str]) -> str:
+    """SHA-256 over the named files' digests, as `files` has them: an artifact's content."""
+    return digest({name: files[name] for name in names})
 
 
 def check_inputs(manifest: Manifest, inputs: Mapping[str, str]) -> None:

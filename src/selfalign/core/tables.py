@@ -5,11 +5,11 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from selfalign.core.errors import StorageError
 from selfalign.core.ledger import Ledger
+from selfalign.core.locations import Location, read
 from selfalign.core.records import Dropped, Noted, Outcome, Record
 
 if TYPE_CHECKING:
@@ -71,24 +71,34 @@ def _cells(outcome: Outcome, columns: list[str]) -> dict[str, Any]:
     return cells
 
 
-def _read(path: Path, columns: list[str] | None = None) -> "pa.Table":
+def _read(path: Location, columns: list[str] | None = None) -> "pa.Table":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+        return pq.read_table(in_memory(path), columns=columns, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"{path} is damaged or unreadable: {error}") from error
+        raise StorageError(
+            f"{path} is damaged or unreadable: {error}; delete it (where a manifest.json lies beside it, the whole "
+            "folder) and run again"
+        ) from error
 
 
-def read_kept(path: Path, record: type[R]) -> Iterator[R]:
+def in_memory(path: Location) -> "pa.BufferReader":
+    """A shard's bytes, wherever it lies, for the Parquet library to read."""
+    import pyarrow as pa
+
+    return pa.BufferReader(read(path))
+
+
+def read_kept(path: Location, record: type[R]) -> Iterator[R]:
     """The kept rows of a shard, in order of id."""
     for outcome in read_outcomes(path, record):
         if isinstance(outcome, record):
             yield outcome
 
 
-def read_outcomes(path: Path, record: type[R]) -> Iterator[R | Dropped]:
+def read_outcomes(path: Location, record: type[R]) -> Iterator[R | Dropped]:
     """All rows of a shard, without their notes. A dropped row carries its record as far as its columns are known."""
     table = _read(path)
     # Page checksums leave the footer out, and the names of the columns stand there.
@@ -108,7 +118,7 @@ def read_outcomes(path: Path, record: type[R]) -> Iterator[R | Dropped]:
             yield Dropped(id=row.id, row=row if known else None, **meta)
 
 
-def ledger_of(path: Path) -> Ledger:
+def ledger_of(path: Location) -> Ledger:
     """A shard's ledger by what it holds; `sources` and `in_` are the writer's to know."""
     ledger = Ledger()
     for cells in _read(path, ["outcome", "reason", "units"]).to_pylist():
@@ -121,6 +131,6 @@ def is_further(id: str) -> bool:
     return _FURTHER.search(id) is not None
 
 
-def further_units(path: Path) -> int:
+def further_units(path: Location) -> int:
     """How many rows of a shard are further units."""
     return sum(is_further(str(id)) for id in _read(path, ["id"])["id"].to_pylist())

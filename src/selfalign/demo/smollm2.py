@@ -38,7 +38,7 @@ def smollm2_folder(say: Callable[[str], None]) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise UsageError("unpacking the model needs the extra `gguf`: pip install -e '.[gguf]' in the checkout")
     workshop.mkdir(parents=True, exist_ok=True)
-    with lease(workshop / "lease", wait=True, say=say) as held:
+    with lease(workshop, wait=True, say=say) as held:
         if folder.is_dir():
             return folder
         # What a process left that was killed. Its pip may live on, and then finds the folder it would write into gone.

@@ -92,12 +92,13 @@ def _compute_capabilities(visible: str | None) -> tuple[float, ...]:
     )
 
 
-def on_this_machine(config: ModelConfig) -> ModelConfig:
-    """`config` as it will really be loaded here: float32 without an accelerator, where NF4 works and stays, and
-    float16 where the GPU has no bfloat16."""
-    if not has_accelerator():
+def on_this_machine(config: ModelConfig, has_gpus: bool | None = None) -> ModelConfig:
+    """`config` as it will really be loaded: float32 without an accelerator, where NF4 works and stays, and float16
+    where the GPU has no bfloat16. `has_gpus` speaks of other machines, whose GPUs are not looked at; None of this one.
+    """
+    if not (has_accelerator() if has_gpus is None else has_gpus):
         return _in(config, "float32")
-    if config.dtype == "bfloat16" and not has_bfloat16():
+    if has_gpus is None and config.dtype == "bfloat16" and not has_bfloat16():
         return _in(config, "float16")
     return config
 

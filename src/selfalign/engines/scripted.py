@@ -5,6 +5,8 @@ The script is a JSON file (`model.path`): a list of rules, tried in order on the
     {"match": "capital of (\\\\w+)", "reply": "What is the capital of \\\\1?"}      a regular expression and a reply
     {"match": "…", "scores": {" 4": 0.7, " 1": 0.1}}                                 probabilities of continuations
     {"match": "…", "action": "exit"}                                                  kill the process, as a crash would
+    {"match": "…", "action": "hang"}                                                  never answer
+    {"match": "…", "action": "fill"}                                                  take all the memory that there is
     {"match": "…", "action": "too_long"}                                              the prompt leaves no room
 
 Where no rule matches, the reply is the prompt's digest and scores are uniform.
@@ -14,6 +16,7 @@ import hashlib
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -32,7 +35,7 @@ class Rule(Frozen):
     match: re.Pattern[str]
     reply: str | None = None
     scores: dict[str, float] | None = None
-    action: Literal["exit", "too_long"] | None = None
+    action: Literal["exit", "hang", "fill", "too_long"] | None = None
 
 
 class ScriptedEngine:
@@ -101,11 +104,22 @@ class ScriptedEngine:
     def _rule(self, text: str, fits: Callable[[Rule], bool]) -> tuple[Rule | None, re.Match[str] | None]:
         for rule in self._rules:
             found = re.compile(rule.match.pattern, re.DOTALL).search(text)
-            if found and rule.action == "exit":
-                os._exit(1)
+            if found:
+                _act(rule.action)
             if found and (fits(rule) or rule.action):
                 return rule, found
         return None, None
+
+
+def _act(action: str | None) -> None:
+    """Do to this process what a row might do."""
+    if action == "exit":
+        os._exit(1)
+    while action == "hang":
+        time.sleep(1)
+    taken = []
+    while action == "fill":
+        taken.append(bytearray(os.urandom(1 << 20) * 64))
 
 
 def _text(request: Request) -> str:

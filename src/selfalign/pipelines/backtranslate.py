@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from selfalign.core.errors import RecipeError
-from selfalign.core.stage import External, Resources, Stage, Step
+from selfalign.core.stage import External, Resources, Stage, Step, WholeStage
 from selfalign.data.config import SourceConfig
 from selfalign.engines.config import ModelConfig
 from selfalign.pipelines.externals import Externals
@@ -116,8 +116,11 @@ class _Arm:
 
     def add(self, name: str, stage: Stage, inputs: Mapping[str, Source], after: tuple[Step, ...] = ()) -> Step:
         """The step, which may be one that another arm has made already."""
+        if isinstance(stage, WholeStage):
+            stage = replace(stage, shard_rows=self.recipe.shard_rows)
         resources: Resources = getattr(self.recipe.resources, name.split(".")[0])
-        step = Step(name, stage, inputs, self.recipe.seed, self.name, after, resources)
+        stall_minutes = self.recipe.resources.stall_minutes
+        step = Step(name, stage, inputs, self.recipe.seed, self.name, after, resources, stall_minutes)
         self.steps[name] = self._shared.setdefault((name, step.identity, str(stage.gates())), step)
         return self.steps[name]
 

@@ -25,10 +25,12 @@ _logger = logging.getLogger(__name__)
 @dataclass
 class Externals:
     """Looks things up once. `pinned` maps Hub names to commits and is kept in the run; `digests` saves reading
-    files again that have not changed since (by path, size and times): a model's, and what a source's hold."""
+    files again that have not changed since (by path, size and times): a model's, and what a source's hold. `has_gpus`
+    says whether models are loaded on GPUs; None: if this machine has one."""
 
     pinned: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    has_gpus: bool | None = None
     _told: set[str] = field(default_factory=set)
     _found: dict[tuple[str, str | None, FormatName | None], External] = field(default_factory=dict)
 
@@ -64,11 +66,12 @@ class Externals:
         return External(path, digest(shards), found.shards)
 
     def model(self, config: ModelConfig, setting: str) -> tuple[ModelConfig, External]:
-        """The model as it will be loaded on this machine, at a pinned commit, and its digest."""
-        resolved = on_this_machine(config)
+        """The model as it will be loaded, at a pinned commit, and its digest."""
+        resolved = on_this_machine(config, self.has_gpus)
         if resolved.dtype != config.dtype and config.path not in self._told:
             self._told.add(config.path)
-            why = "this GPU has no bfloat16" if has_accelerator() else "no accelerator here"
+            elsewhere = "no accelerator here" if self.has_gpus is None else "resources gives no worker a GPU"
+            why = "this GPU has no bfloat16" if self.has_gpus is None and has_accelerator() else elsewhere
             _logger.info("%s: %s is loaded in %s, not %s", why, config.path, resolved.dtype, config.dtype)
         config = resolved
         if config.chat_template is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from selfalign.core.errors import LeaseHeldError, StorageError, UsageError
 from selfalign.core.lease import anyone_present
+from selfalign.core.locations import Location
 from selfalign.core.store import Artifact
 
 _logger = logging.getLogger(__name__)
@@ -21,8 +22,9 @@ _logger = logging.getLogger(__name__)
 _ARTIFACT = re.compile(r"[a-z_]+(\.[a-z_]+)?-[0-9a-f]{16}")
 _DRAFT = re.compile(r"\.[\w.-]+\.(json|parquet|html)\.[0-9a-f]{12}")
 _GOING = re.compile(r"\.[\w.-]+\.gone\.[0-9a-f]{12}")
-_JOURNAL = re.compile(r"journal-(\d{5})\.jsonl")
-_PART = re.compile(r"(manifest|lease)\.json|metrics\.jsonl|shard-\d{5}\.parquet|files|kept|draft-[0-9a-f]+")
+_JOURNAL = re.compile(r"journal-(\d{5,})\.jsonl?")
+_LEASE = re.compile(r"lease(-\d{6,})?\.json")
+_PART = re.compile(r"manifest\.json|metrics\.jsonl|shard-\d{5,}\.parquet|files|kept|draft-[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,14 @@ class Garbage:
     why: str
 
 
-def collect(root: Path, dry_run: bool = False) -> Iterator[Garbage]:
+def collect(root: Location, dry_run: bool = False) -> Iterator[Garbage]:
     """What no step of the run needs, each removed before it is yielded unless `dry_run`.
 
     No symbolic link is followed. Stopped at any moment, the next call goes on. Raises UsageError where there is no run,
     LeaseHeldError while somebody works on it.
     """
+    if not isinstance(root, Path):
+        raise UsageError(f"{root} lies in an object store, where lifecycle rules remove what is old: gc is for folders")
     # Its name may be a link, which is how people put runs on another disk.
     root = root.resolve()
     named = _named(root)
@@ -109,12 +113,12 @@ def _within(folder: Path) -> Iterator[Garbage]:
             yield _garbage(path, "checkpoints of a build that is complete")
         elif path == artifact.files and path.is_dir() and not (folder / "manifest.json").exists():
             yield _garbage(path, "a build whose manifest was never written")
-        elif path.name == "lease.json" and path.is_file():
+        elif _LEASE.fullmatch(path.name) and path.is_file():
             yield _garbage(path, "a builder that has died")
 
 
 def _is_ours(name: str) -> bool:
-    return any(pattern.fullmatch(name) for pattern in (_PART, _JOURNAL, _DRAFT, _GOING))
+    return any(pattern.fullmatch(name) for pattern in (_PART, _JOURNAL, _LEASE, _DRAFT, _GOING))
 
 
 def _drafts(folder: Path) -> Iterator[Garbage]:

@@ -2,9 +2,8 @@
 
 import importlib.metadata
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,24 +15,25 @@ from selfalign.core import preemption
 from selfalign.core.errors import (
     GateError,
     InternalError,
-    LeaseHeldError,
     PreemptedError,
     SelfalignError,
     StorageError,
     UsageError,
 )
 from selfalign.core.identity import code_digest, file_digest
+from selfalign.core.keys import Keys
 from selfalign.core.lease import Lease, lease, presence
 from selfalign.core.ledger import Ledger, total
+from selfalign.core.locations import Location, commit, entries, reachable, remove, replace
+from selfalign.core.metrics import Measurements
 from selfalign.core.protocols import Backend, BuildJob, MapJob
 from selfalign.core.records import Record, SourcePart
-from selfalign.core.shards import ShardReport, input_rows, shard_ledger
+from selfalign.core.shards import ShardReport, input_rows, shard_report
 from selfalign.core.stage import (
     BuildStage,
     Context,
     External,
     MapStage,
-    Place,
     Rows,
     ShardSource,
     Stage,
@@ -45,10 +45,7 @@ from selfalign.core.store import (
     Manifest,
     Store,
     check_inputs,
-    commit,
-    commit_folder,
     content_digest,
-    replace,
 )
 from selfalign.core.tables import ledger_of, to_parquet
 
@@ -131,10 +128,12 @@ class Runner:
         self.states: dict[str, State] = {step.key: "waiting" for step in self.steps}
         self.messages: dict[str, str] = {}
         self._verified: set[str] = set()
+        self._driver: Location | None = None
 
+    @reachable()
     def run(self, wanted: Callable[[Step], bool] = lambda step: True) -> None:
         """Run the wanted steps. Raises what a failing step raises, after writing it into run.json."""
-        with presence(self.store.root / "drivers", self.listener.note):
+        with presence(self.store.root / "drivers", self.listener.note) as self._driver:
             self.look()
             self._save()
             for step in self.steps:
@@ -191,15 +190,19 @@ class Runner:
         if missing:
             section, k = missing[0].section, missing[0].round
             at = "" if k is None else f" --round {k}"
-            self.messages[step.key] = f"needs {missing[0].key}: run it first (--only {section}{at}, or without --only)"
+            self.messages[step.key] = (
+                f"needs {missing[0].key}: run it first, by jobs/{section}.py{at} or --only {section}{at}, or run all "
+                "without --only"
+            )
             raise UsageError(f"{step.name} {self.messages[step.key]}")
         self.states[step.key] = "running"
         self._save()
         try:
-            reused = self.artifact(step).manifest() is not None
-            manifest = self.artifact(step).manifest() or self._execute(step)
-            check_inputs(manifest, self._input_digests(step))
-            step.stage.check(manifest)
+            with reachable():
+                reused = self.artifact(step).manifest() is not None
+                manifest = self.artifact(step).manifest() or self._execute(step)
+                check_inputs(manifest, self._input_digests(step))
+                step.stage.check(manifest)
         except SelfalignError as error:
             # Asked to end, a step is no failure; it may even be done.
             ended: State = "waiting" if self.artifact(step).manifest() is None else "done"
@@ -219,125 +222,129 @@ class Runner:
             if isinstance(source, Artifact) and source.name not in self._verified:
                 source.verify()
                 self._verified.add(source.name)
-        artifact = self.artifact(step)
-        artifact.folder.mkdir(parents=True, exist_ok=True)
-        _end_line(artifact.folder / "metrics.jsonl")
-        match step.stage:
-            case MapStage() as stage:
-                return self._map(step, stage, context, artifact)
-            case WholeStage() as stage:
-                return self._whole(step, stage, context, artifact)
-            case BuildStage() as stage:
-                return self._build(step, stage, context, artifact)
+        with Measurements(self.artifact(step).folder) as measured:
+            match step.stage:
+                case MapStage() as stage:
+                    return self._map(step, stage, context, measured)
+                case WholeStage() as stage:
+                    return self._whole(step, stage, context, measured)
+                case BuildStage() as stage:
+                    return self._build(step, stage, context, measured)
         raise InternalError(f"{step.name}: no such kind of stage")
 
-    def _map(self, step: Step, stage: MapStage, context: Context, artifact: Artifact) -> Manifest:
+    def _map(self, step: Step, stage: MapStage, context: Context, measured: Measurements) -> Manifest:
+        artifact = self.artifact(step)
         main = context.inputs["rows"]
         sources: tuple[ShardSource, ...] = main.shards if isinstance(main, External) else tuple(main.shards())
-        todo = tuple(n for n in range(len(sources)) if not artifact.shard(n).exists())
-        self.listener.step_started(step, None if isinstance(main, External) else _rows_in(context.manifest("rows")))
-        ledgers: dict[int, Ledger] = {}
-        for number in set(range(len(sources))) - set(todo):
-            ledgers[number] = shard_ledger(stage, input_rows(stage, sources[number]), artifact, number)
-            self.listener.shard_done(step, ShardReport(number, ledgers[number]))
+        there = {path.name for path in artifact.shards()}
+        todo = tuple(n for n in range(len(sources)) if artifact.shard(n).name not in there)
+        rows = None if isinstance(main, External) else _rows_in(context.manifest("rows"))
+        self.listener.step_started(step, rows)
+        files: dict[str, str] = {}
+        ledgers: list[Ledger] = []
 
-        def done(report: ShardReport) -> None:
-            ledgers[report.number] = report.ledger
-            self._measure(artifact, {"shard": report.number, "tokens": report.tokens, "seconds": report.seconds})
+        def count(report: ShardReport) -> None:
+            files[artifact.shard(report.number).name] = report.sha256
+            ledgers.append(report.ledger)
             self.listener.shard_done(step, report)
 
-        if todo:
-            self.backend.map(MapJob(stage, context, artifact, sources, todo, step.resources), done)
-        ledger = total(ledgers[number] for number in range(len(sources)))
-        return self._finish(step, artifact, ledger, [p.name for p in artifact.shards()])
+        def done(report: ShardReport) -> None:
+            measured.add(
+                {
+                    "shard": report.number,
+                    "rows": report.ledger.sources,
+                    "tokens": report.tokens,
+                    "seconds": report.seconds,
+                }
+            )
+            count(report)
 
-    def _whole(self, step: Step, stage: WholeStage, context: Context, artifact: Artifact) -> Manifest:
-        started = time.monotonic()
+        for number in sorted(set(range(len(sources))) - set(todo)):
+            count(shard_report(stage, input_rows(stage, sources[number]), artifact, number))
+        measured.add({"shards": len(sources), "rows_there": sum(ledger.sources for ledger in ledgers)})
+        if todo:
+            job = MapJob(
+                stage, context, artifact, sources, todo, step.resources, step.stall_minutes, driver=self._driver
+            )
+            self.backend.map(job, done)
+        return self._finish(step, measured, total(ledgers), files)
+
+    def _whole(self, step: Step, stage: WholeStage, context: Context, measured: Measurements) -> Manifest:
+        artifact, started = self.artifact(step), time.monotonic()
         self.listener.step_started(step, None)
         rows: Rows[Record] = context.rows("rows", stage.record) if "rows" in step.inputs else ()
-        outcomes, seen = iter(stage.run(rows, context)), set[int]()
+        outcomes, seen = iter(stage.run(rows, context)), Keys()
         ledgers: list[Ledger] = []
+        files: dict[str, str] = {}
         # One shard at a time is held. A stage without any row has one empty shard.
         while (part := list(islice(outcomes, stage.shard_rows))) or not ledgers:
             for outcome in part:
                 # Their hashes, because there may be many.
-                if hash(outcome.id) in seen:
+                if not seen.add(hash(outcome.id)):
                     raise InternalError(f"{step.name}: the id {outcome.id!r} came out twice")
-                seen.add(hash(outcome.id))
             path = artifact.shard(len(ledgers))
             commit(path, to_parquet(part, stage.output))
+            files[path.name] = file_digest(path)
             ledgers.append(ledger_of(path))
         ledger = total(ledgers)
         ledger.sources, ledger.in_ = len(rows), stage.units(rows, context)
-        self._measure(artifact, {"seconds": time.monotonic() - started})
-        return self._finish(step, artifact, ledger, [artifact.shard(n).name for n in range(len(ledgers))])
+        measured.add({"seconds": time.monotonic() - started})
+        return self._finish(step, measured, ledger, files)
 
-    def _build(self, step: Step, stage: BuildStage, context: Context, artifact: Artifact) -> Manifest:
-        path = artifact.folder / "lease.json"
-        with preemption.delivered(), lease(path, self.wait, self.listener.note) as held:
+    def _build(self, step: Step, stage: BuildStage, context: Context, measured: Measurements) -> Manifest:
+        artifact = self.artifact(step)
+        with preemption.delivered(), lease(artifact.folder, self.wait, self.listener.note) as held:
             if (manifest := artifact.manifest()) is None:
-                # What a dead builder left: drafts, or files whose manifest it never wrote.
-                for leftover in [*artifact.folder.glob("draft-*"), artifact.files]:
-                    shutil.rmtree(leftover, ignore_errors=True)
-                manifest = self._build_under(held, step, stage, context, artifact)
-            shutil.rmtree(artifact.kept, ignore_errors=True)
-            return manifest
+                manifest = self._build_under(held, step, stage, context, measured)
+            remove(artifact.kept)
+        for path in entries(artifact.folder, "lease-*.json"):
+            path.unlink(missing_ok=True)
+        return manifest
 
     def _build_under(
-        self, held: Lease, step: Step, stage: BuildStage, context: Context, artifact: Artifact
+        self, held: Lease, step: Step, stage: BuildStage, context: Context, measured: Measurements
     ) -> Manifest:
         started = time.monotonic()
         self.listener.step_started(step, None)
 
         def log(line: Mapping[str, float]) -> None:
-            self._measure(artifact, line)
+            measured.add(line)
             self.listener.logged(step, line)
 
-        draft = artifact.folder / f"draft-{held.owner.token}"
-        draft.mkdir()
-        place = Place(draft, artifact.kept, artifact.identity, held)
         try:
-            built = self.backend.build(BuildJob(stage, context, place, step.resources), log)
+            job = BuildJob(stage, context, self.artifact(step), held, step.resources, self._driver)
+            done = self.backend.build(job, log)
         except SelfalignError:
             # What it took so far, since another attempt goes on from there.
-            self._measure(artifact, {"tokens": 0, "seconds": time.monotonic() - started})
+            measured.add({"tokens": 0, "seconds": time.monotonic() - started})
             raise
         preemption.defer(looks=False)
         held.check()
-        if not commit_folder(draft, artifact.files):
-            raise LeaseHeldError(f"{artifact.name}: somebody else took over and committed it; run again to use it")
-        self._measure(artifact, {"tokens": built.tokens, "seconds": time.monotonic() - started})
-        names = sorted(p.relative_to(artifact.folder).as_posix() for p in artifact.files.rglob("*") if p.is_file())
-        return self._finish(
-            step,
-            artifact,
-            built.ledger,
-            names,
-            content=[f"files/{name}" for name in built.content],
-            metrics=built.metrics,
-            stop=built.stop,
-        )
+        built = done.built
+        measured.add({"tokens": built.tokens, "seconds": time.monotonic() - started})
+        files = {f"files/{name}": sha256 for name, sha256 in done.files.items()}
+        content = [f"files/{name}" for name in built.content]
+        return self._finish(step, measured, built.ledger, files, content, built.metrics, built.stop)
 
     def _finish(
         self,
         step: Step,
-        artifact: Artifact,
+        measured: Measurements,
         ledger: Ledger,
-        names: Iterable[str],
+        files: Mapping[str, str],
         content: Sequence[str] | None = None,
         metrics: Mapping[str, JsonValue] | None = None,
         stop: str | None = None,
     ) -> Manifest:
-        names = list(names)
         ledger.check(step.name)
-        lines = _lines(artifact.folder / "metrics.jsonl")
+        artifact, lines = self.artifact(step), measured.lines()
         return artifact.finish(
             Manifest(
                 stage=step.stage.name,
                 identity=artifact.identity,
-                sha256=content_digest(artifact.folder, names if content is None else content),
+                sha256=content_digest(files, list(files) if content is None else content),
                 inputs=self._input_digests(step),
-                files={name: file_digest(artifact.folder / name) for name in names},
+                files={name: files[name] for name in sorted(files)},
                 ledger=ledger.to_json(),
                 metrics=metrics or {},
                 stop=stop,
@@ -362,10 +369,6 @@ class Runner:
             elif (manifest := source.manifest()) is not None:
                 digests[role] = manifest.sha256
         return digests
-
-    def _measure(self, artifact: Artifact, line: Mapping[str, float]) -> None:
-        with (artifact.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(dict(line)) + "\n")
 
     def _warn_versions(self, step: Step, manifest: Manifest) -> None:
         now = _versions()
@@ -397,24 +400,6 @@ def _check_unchanged(source: External) -> None:
 def _rows_in(manifest: Manifest | None) -> int:
     kept = manifest.ledger["kept"] if manifest else 0
     return kept if isinstance(kept, int) else 0
-
-
-def _end_line(path: Path) -> None:
-    """What is measured next must not be lost with the last, torn word of a process that was killed."""
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        with path.open("a") as file:
-            file.write("\n")
-
-
-def _lines(path: Path) -> list[dict[str, float]]:
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        # A torn line is the last word of a process that was killed while measuring.
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from selfalign.core.errors import UsageError
 from selfalign.core.identity import seed_for
+from selfalign.core.locations import Location, located
 from selfalign.core.protocols import Request, Sampling
 from selfalign.engines.adapters import check_adapter
 from selfalign.engines.config import ModelConfig, on_this_machine
@@ -44,9 +45,10 @@ def find(model: str) -> Found:
 
     Raises UsageError where nothing is there.
     """
+    root = located(model)
+    if (root / "run.json").exists():
+        return _of_run(root)
     folder = Path(model)
-    if (folder / "run.json").exists():
-        return _of_run(folder)
     if not folder.is_dir() and not _may_be_on_the_hub(folder):
         raise UsageError(
             f"there is no folder {model}; name a run, an adapter or a model by its folder, or a model on the Hub as "
@@ -70,17 +72,18 @@ def _may_be_on_the_hub(name: Path) -> bool:
     return len(name.parts) == 2 and not name.parent.is_dir()
 
 
-def _of_run(root: Path) -> Found:
+def _of_run(root: Location) -> Found:
     trained = RunView.open(root).final_model()
     if trained is None:
         raise UsageError(f"{root} has no trained forward model yet")
     # These alone: what else the recipe holds may be another version's.
     recipe = json.loads((root / "recipe.json").read_bytes())
     model, system = ModelConfig.model_validate(recipe["model"]), recipe["evaluate"]["system"]
-    if (trained.files / "adapter_config.json").exists():
-        adapter = find(str(trained.files))
+    files = trained.local_files()
+    if (files / "adapter_config.json").exists():
+        adapter = find(str(files))
         # Precision and quantisation are the recipe's, base and template those that the adapter was trained with.
         update = adapter.config.model_dump(include={"path", "revision", "chat_template"})
-        return Found(model.model_copy(update=update), trained.files, system)
-    update = {"path": str(trained.files), "revision": None, "chat_template": None}
+        return Found(model.model_copy(update=update), files, system)
+    update = {"path": str(files), "revision": None, "chat_template": None}
     return Found(model.model_copy(update=update), None, system)

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfalign.core.errors import StorageError
+from selfalign.core.locations import Location
+from selfalign.core.tables import in_memory
 from selfalign.report.run import StepView
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def batches(
     import pyarrow.parquet as pq
 
     for shard in step.artifact.shards():
-        with _readable(shard), pq.ParquetFile(shard, page_checksum_verification=True) as file:
+        with _readable(shard), pq.ParquetFile(in_memory(shard), page_checksum_verification=True) as file:
             wanted = dict.fromkeys(["id", "outcome", *columns])
             names = [name for name in wanted if name in file.schema_arrow.names]
             for batch in file.iter_batches(size, columns=names):
@@ -39,17 +40,18 @@ def rows_by_id(step: StepView, ids: Sequence[str], columns: Sequence[str]) -> di
     found: dict[str, dict[str, Any]] = {}
     for shard in step.artifact.shards() if ids else ():
         with _readable(shard):
-            names = [name for name in ("id", *columns) if name in pq.read_schema(shard).names]
+            file = in_memory(shard)
+            names = [name for name in ("id", *columns) if name in pq.read_schema(file).names]
             # Rows are sorted by id, so that most shards are told by their statistics to hold none of them.
             table = pq.read_table(
-                shard, columns=names, filters=pc.field("id").isin(list(ids)), page_checksum_verification=True
+                file, columns=names, filters=pc.field("id").isin(list(ids)), page_checksum_verification=True
             )
         found |= {row["id"]: row for row in table.to_pylist()}
     return found
 
 
 @contextmanager
-def _readable(shard: Path) -> Iterator[None]:
+def _readable(shard: Location) -> Iterator[None]:
     import pyarrow as pa
 
     try:

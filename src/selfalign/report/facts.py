@@ -288,7 +288,7 @@ class Facts:
         """Every training that has logged a loss, arm by arm."""
         steps = [step for step in self.run.steps if ".train" in step.name]
         steps.sort(key=lambda step: self.arms.index(step.arm))
-        found = [Training(step, read_log(step.artifact.folder / "metrics.jsonl")) for step in steps]
+        found = [Training(step, read_log(step.artifact.folder)) for step in steps]
         return [training for training in found if "loss" in training.log.curves]
 
     def measured(self) -> list[Measured]:

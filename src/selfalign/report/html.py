@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from selfalign.core.store import replace
+from selfalign.core.locations import Location, replace
 from selfalign.report import curation, sections
 from selfalign.report.facts import Facts, Measured, Sample, count, manifest_of, read_json
 from selfalign.report.run import RunView
@@ -24,7 +24,7 @@ SHOWN, FOLDED = 480, 20_000
 STATES = {"done": "✓", "running": "▸", "waiting": "○", "skipped": "–", "failed": "✗"}
 
 
-def write_report(run: RunView, to: Path) -> Path:
+def write_report(run: RunView, to: Location) -> Location:
     """Write the report of a run, complete or not, to the file `to`; returns it.
 
     The same run folder gives the same bytes. Raises StorageError where a part of the folder is damaged, or `to`
@@ -50,7 +50,7 @@ def render(run: RunView) -> str:
     environment.filters |= {"folded": folded, "breakable": breakable, "shade": shade}
     facts = Facts(run)
     return environment.get_template("report.html.jinja").render(
-        title=str(facts.recipe.get("name") or run.root.resolve().name),
+        title=str(facts.recipe.get("name") or run.root.absolute().name),
         facts_line=facts_line(facts),
         summary=[*summary(facts)],
         alerts=[*alerts(run)],

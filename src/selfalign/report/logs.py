@@ -1,11 +1,12 @@
 """What a training has logged so far, as curves by step."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from selfalign.core.locations import Location
+from selfalign.core.metrics import read_measurements
 
 MEASURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes")
 Curve = Sequence[tuple[float, float]]
@@ -26,8 +27,8 @@ class TrainingLog:
         return curve[-1][1] if curve else None
 
 
-def read_log(path: Path) -> TrainingLog:
-    """The `metrics.jsonl` of a training; without curves where there is none.
+def read_log(folder: Location) -> TrainingLog:
+    """What a training has measured beside its artifact; without curves where there is nothing.
 
     A training that was resumed writes the steps behind its checkpoint again, one that began anew all of them: what a
     step was logged with last counts.
@@ -35,12 +36,7 @@ def read_log(path: Path) -> TrainingLog:
     lines: list[Mapping[str, Any]] = []
     resumed: list[float] = []
     end = 0.0
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            # The last word of a process that was killed while writing it.
-            continue
+    for line in read_measurements(folder):
         if "resumed_at" in line:
             at = line["resumed_at"]
             resumed = [*(step for step in resumed if step < at), at]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from selfalign.core.errors import MismatchError, StorageError, UsageError
-from selfalign.core.store import Artifact, commit_folder
+from selfalign.core.locations import commit_folder
+from selfalign.core.store import Artifact
 from selfalign.engines.adapters import check_adapter
 from selfalign.engines.chat import Chat
 from selfalign.engines.config import ModelConfig, on_this_machine

@@ -4,11 +4,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 from selfalign.core.errors import UsageError
 from selfalign.core.lease import anyone_present
+from selfalign.core.locations import Location, read
 from selfalign.core.records import Dropped, Record
 from selfalign.core.store import Artifact, Manifest
 from selfalign.core.tables import read_outcomes
@@ -49,25 +49,23 @@ class StepView:
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The rows of a JSONL file among its files."""
         path = self.artifact.files / name
-        if not path.exists():
-            return []
-        with path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        # A text ends its line at other characters, too.
+        return [json.loads(line) for line in read(path).splitlines()] if path.exists() else []
 
 
 @dataclass(frozen=True)
 class RunView:
     """A run folder."""
 
-    root: Path
+    root: Location
     document: Mapping[str, Any]
 
     @staticmethod
-    def open(root: Path) -> "RunView":
+    def open(root: Location) -> "RunView":
         """Raises UsageError where there is no run."""
         path = root / "run.json"
         try:
-            return RunView(root, json.loads(path.read_bytes()))
+            return RunView(root, json.loads(read(path)))
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"{root} holds no run (no readable run.json); name a folder made by selfalign run"
@@ -120,7 +118,7 @@ class RunView:
         step = self.step(f"forward.train@{self.final_round}")
         return step.artifact if step else None
 
-    def curated(self) -> Path | None:
+    def curated(self) -> Location | None:
         """The folder of the pairs that the final model was trained on."""
         step = self.step(f"curate.select@{self.final_round}")
         return step.artifact.folder if step else None

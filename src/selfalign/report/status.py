@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from selfalign.core.metrics import read_measurements
 from selfalign.report.logs import read_log
 from selfalign.report.run import RunView, StepView
 
@@ -46,6 +47,7 @@ def _step(step: StepView) -> dict[str, JsonValue]:
         "seconds": manifest.seconds if manifest else None,
         "tokens": manifest.tokens if manifest else None,
         "message": step.message,
+        **({"progress": going} if (going := progress(step)) else {}),
     }
 
 
@@ -202,15 +204,40 @@ def steps_table(run: RunView) -> Table:
     return table
 
 
+def progress(step: StepView) -> dict[str, Any] | None:
+    """How far a step is that runs, and how fast: a map in shards and rows, a training in steps."""
+    if step.state != "running":
+        return None
+    log = read_log(step.artifact.folder)
+    if log.curves.get("loss"):
+        at, loss = log.curves["loss"][-1]
+        return {"step": at, "of": log.last_step, "loss": loss, "tokens_per_second": log.last("tokens_per_second")}
+    lines = read_measurements(step.artifact.folder)
+    began = max((n for n, line in enumerate(lines) if "shards" in line), default=None)
+    if began is None:
+        return None
+    start, done = lines[began], [line for line in lines[began + 1 :] if "shard" in line]
+    seconds = done[-1]["time"] - start["time"] if done else 0
+    rows, tokens = (sum(line[key] for line in done) for key in ("rows", "tokens"))
+    return {
+        "shards": len(step.artifact.shards()),
+        "of": start["shards"],
+        "rows": start["rows_there"] + rows,
+        "rows_per_second": round(rows / seconds, 3) if seconds else None,
+        "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+    }
+
+
 def _going(step: StepView) -> str:
-    """How far a training is that runs, in words."""
-    log = read_log(step.artifact.folder / "metrics.jsonl") if step.state == "running" else None
-    if log is None or not log.curves.get("loss"):
+    """How far a step is that runs, in words."""
+    found = progress(step)
+    if found is None:
         return ""
-    at, loss = log.curves["loss"][-1]
-    speed = log.last("tokens_per_second")
-    told = [f"step {at:,.0f} of {log.last_step:,.0f}", f"loss {loss:.3g}"]
-    return ", ".join(told if speed is None else [*told, f"{speed:,.0f} tokens/s"])
+    told = [f"step {found['step']:,.0f} of {found['of']:,.0f}"] if "step" in found else []
+    told += [f"{found['shards']:,} of {found['of']:,} shards, {found['rows']:,} rows"] if "shards" in found else []
+    told += [f"loss {found['loss']:.3g}"] if "loss" in found else []
+    rates = [(found.get(f"{unit}_per_second"), unit) for unit in ("rows", "tokens")]
+    return ", ".join([*told, *(f"{rate:,.0f} {unit}/s" for rate, unit in rates if rate)])
 
 
 def _counts(value: JsonValue) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt
 from selfalign.core.errors import GateError
 from selfalign.core.frozen import RecipePath
 from selfalign.core.identity import digest
+from selfalign.core.keys import Keys, key_of
 from selfalign.core.protocols import Request, Sampling
 from selfalign.core.records import Candidate, Document, Message, Outcome, Record, rejected
 from selfalign.core.stage import Context, MapStage, Process, Rows, Settings, WholeStage
@@ -103,7 +104,7 @@ class Generate(MapStage):
 
 @dataclass(frozen=True)
 class Filter(WholeStage):
-    """Drop instructions that cannot be good, each with its reason. Of duplicates, the first by id stays."""
+    """Drop instructions that cannot be good, each with its reason. Of duplicates (by 64-bit hashes) the first stays."""
 
     name: ClassVar[str] = "augment.filter"
     record: ClassVar[type[Record]] = Candidate
@@ -124,13 +125,11 @@ class Filter(WholeStage):
 
     def run(self, rows: Rows[Candidate], context: Context) -> Iterable[Outcome]:
         template = self.prompt
-        seen: set[str] = set()
+        seen = Keys()
         for row in rows:
             reason = self._reason(row, template)
             if reason is None and "duplicate" in self.config.filters:
-                key = normalised(row.prompt)
-                reason = "duplicate" if key in seen else None
-                seen.add(key)
+                reason = None if seen.add(key_of(normalised(row.prompt))) else "duplicate"
             yield rejected(row.id, reason, row) if reason else row
 
     def _reason(self, row: Candidate, template: str) -> str | None:

@@ -60,6 +60,9 @@ def is_mismatch(instruction: str, response: str) -> bool:
     - a pair of related languages, which short texts do not tell apart;
     - a text without a sentence of some 40 letters outside quotation marks: titles, names, commands.
     """
+    # Such a one has no sentence that could be told.
+    if len(instruction.encode("utf-8", "replace")) < _TOLD_BYTES:
+        return False
     asked, given = language(instruction[:_LOOKED_AT_CHARS]), language(response[:_BEGINNING_CHARS])
     if asked is None or given is None or _related(asked, given) or _is_asked_for(instruction, given):
         return False

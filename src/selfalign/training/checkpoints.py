@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from selfalign.core.errors import MismatchError, StorageError
 from selfalign.core.identity import digest, file_digest
 from selfalign.core.lease import Lease
-from selfalign.core.store import commit_folder
+from selfalign.core.locations import Location, commit_folder, entries, fetched, files_in, read, remove, scratch
 
 _logger = logging.getLogger(__name__)
 
@@ -37,17 +37,17 @@ class _Marker(TypedDict):
 class Checkpoints:
     """The checkpoints of one training in `folder`, and the models that it keeps of its epochs.
 
-    A checkpoint is a folder `step-00000100` with a marker, written last, that names the training's `identity` and every
+    A checkpoint is a folder `step-00000100` with a marker that names the training's `identity` and every
     file with its SHA-256. Optimiser and random states are pickles: nothing is loaded that a marker does not list.
     """
 
-    folder: Path
+    folder: Location
     identity: str
     lease: Lease
 
     def draft(self) -> Path:
         """A folder for what is not committed yet."""
-        return self.folder / f"draft-{self.lease.owner.token}"
+        return scratch(self.folder) / f"draft-{self.lease.owner.token}"
 
     def discard(self) -> None:
         """Remove what is not committed."""
@@ -60,13 +60,13 @@ class Checkpoints:
         """
         self._commit(written, self.folder / f"step-{step:08d}")
         for old in self._steps()[:-KEEP]:
-            shutil.rmtree(old)
+            remove(old)
 
     def commit_epoch(self, written: Path, epoch: int) -> None:
         """Keep the model of an epoch. What is there already, from before a checkpoint was resumed from, stays."""
         self._commit(written, self.epoch(epoch))
 
-    def epoch(self, number: int) -> Path:
+    def epoch(self, number: int) -> Location:
         """The folder of the model of an epoch, counted from 1."""
         return self.folder / f"epoch-{number}"
 
@@ -76,51 +76,57 @@ class Checkpoints:
         if fault := _fault(path):
             raise StorageError(f"{path}: {fault}; run again to train from the checkpoint before it")
         # Linked, not moved: whoever goes on after a kill before the artifact is complete finds it here again.
-        shutil.copytree(path, folder, copy_function=os.link, ignore=shutil.ignore_patterns(MARKER))
+        kept = fetched(path, _digests(path))
+        shutil.copytree(kept, folder, copy_function=os.link, ignore=shutil.ignore_patterns(MARKER))
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole. Torn ones are named in a warning and removed, as drafts are.
+        """The newest checkpoint that is whole, on this machine. Torn ones are named in a warning and removed, as drafts
+        are.
 
         Raises MismatchError for a checkpoint of another training.
         """
-        for leftover in self.folder.glob("draft-*"):
+        for leftover in scratch(self.folder).glob("draft-*"):
             shutil.rmtree(leftover)
-        for path in sorted(self.folder.glob("epoch-*")):
+        for path in self._epochs():
             if fault := _fault(path):
                 _logger.warning("the model %s is trained again: %s", path, fault)
-                shutil.rmtree(path)
+                remove(path)
         for path in reversed(self._steps()):
             if fault := _fault(path) or self._lacks(path):
                 _logger.warning("the checkpoint %s is skipped: %s", path, fault)
-                shutil.rmtree(path)
+                remove(path)
                 continue
             if (theirs := _marker(path)["identity"]) != self.identity:
                 raise MismatchError(
                     f"{path} is a checkpoint of another training ({theirs}, this one is {self.identity}): its recipe "
                     f"or its data differ. Delete {self.folder} to begin anew"
                 )
-            return path
+            return fetched(path, _digests(path))
         return None
 
-    def _lacks(self, path: Path) -> str | None:
+    def _lacks(self, path: Location) -> str | None:
         """What was kept before this checkpoint, and is gone."""
-        gone = [name for name in _marker(path)["epochs"] if not (self.folder / name).is_dir()]
+        there = {epoch.name for epoch in self._epochs()}
+        gone = [name for name in _marker(path)["epochs"] if name not in there]
         return f"{gone[0]}, which it comes after, is not there" if gone else None
 
-    def _commit(self, written: Path, final: Path) -> None:
-        files: JsonValue = {name: file_digest(written / name) for name in _names(written)}
-        epochs: JsonValue = [*sorted(path.name for path in self.folder.glob("epoch-*"))]
+    def _commit(self, written: Path, final: Location) -> None:
+        files: JsonValue = {name: file_digest(written / name) for name in files_in(written)}
+        epochs: JsonValue = [path.name for path in self._epochs()]
         content: dict[str, JsonValue] = {"identity": self.identity, "epochs": epochs, "files": files}
         (written / MARKER).write_text(json.dumps({**content, "sha256": digest(content)}, indent=1))
         self.lease.check()
         commit_folder(written, final)
 
-    def _steps(self) -> list[Path]:
-        return sorted(self.folder.glob("step-????????"))
+    def _steps(self) -> list[Location]:
+        return entries(self.folder, "step-????????")
+
+    def _epochs(self) -> list[Location]:
+        return entries(self.folder, "epoch-*")
 
 
 @contextmanager
-def storage_errors(folder: Path) -> Iterator[None]:
+def storage_errors(folder: Location) -> Iterator[None]:
     """Turn what the libraries say of a full disk, each in its own way, into StorageError."""
     from safetensors import SafetensorError
 
@@ -135,23 +141,24 @@ def storage_errors(folder: Path) -> Iterator[None]:
         raise StorageError(f"cannot write {folder}: is the disk full? What was committed so far stays") from error
 
 
-def _names(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-
-
-def _marker(path: Path) -> _Marker:
-    content: _Marker = json.loads((path / MARKER).read_bytes())
+def _marker(path: Location) -> _Marker:
+    content: _Marker = json.loads(read(path / MARKER))
     return content
 
 
-def _fault(path: Path) -> str | None:
+def _digests(path: Location) -> dict[str, str]:
+    """The files of a whole checkpoint, its marker too, with their SHA-256."""
+    return {**_marker(path)["files"], MARKER: file_digest(path / MARKER)}
+
+
+def _fault(path: Location) -> str | None:
     """What is wrong with a checkpoint; None where it is whole."""
     try:
-        marker = json.loads((path / MARKER).read_bytes())
+        marker = json.loads(read(path / MARKER))
         files = marker["files"]
         if marker.pop("sha256") != digest(marker):
             return f"its {MARKER} is damaged"
-        there = set(_names(path)) - {MARKER}
+        there = set(files_in(path)) - {MARKER}
         if odd := there.symmetric_difference(files):
             missing = min(odd) in files
             return f"{min(odd)} is missing" if missing else f"it holds {min(odd)}, which its {MARKER} does not list"

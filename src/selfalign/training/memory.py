@@ -1,14 +1,13 @@
 """What a training takes of its card: estimated before any weights are loaded, and explained when it was too much."""
 
 import os
-import re
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from selfalign.core.errors import MismatchError, SelfalignError, UsageError
+from selfalign.core.errors import MismatchError, SelfalignError, UsageError, is_out_of_memory
 from selfalign.engines.config import ModelConfig
 from selfalign.training.config import TrainConfig, refuse_contradictions
 
@@ -27,8 +26,6 @@ TILE = (4096, 32768)
 
 OPTIMIZER_BYTES = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0}
 """Of the states, a trained parameter; 8 in all others (two float32 moments). Adafactor keeps rows and columns only."""
-
-_OUT = re.compile(r"out of memory|can.?t allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED", re.I)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,20 +272,6 @@ def explained_out_of_memory(work: str, expected: Forecast) -> Iterator[None]:
             f"used by others; the estimate was {_gib(expected.estimate.peak)}. {text}\n"
             "Change in the recipe's section, the one that helps most first:\n" + "\n".join(_numbered(expected.advice))
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it, or what it came from, is CUDA's, the CPU allocator's or Python's way to say that memory ran out."""
-    import torch
-
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
-            return True
-        if isinstance(cause, (RuntimeError, OSError)) and _OUT.search(str(cause)):
-            return True
-        cause = cause.__cause__
-    return False
 
 
 def _frozen(model: ModelConfig, matrices: Mapping[str, Matrix], parameters: int, compute: int) -> int:

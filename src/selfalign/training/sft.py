@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign.core import preemption
+from selfalign.core import locations, preemption
 from selfalign.core.errors import InternalError, MismatchError, PreemptedError
 from selfalign.core.records import Example
 from selfalign.core.stage import Log
@@ -98,8 +98,7 @@ def train(
     report = replace(report, memory=memory.text())
     newest = ranks.from_first(checkpoints.newest() if ranks.rank() == 0 else None)
     if ranks.rank() == 0:
-        checkpoints.folder.mkdir(parents=True, exist_ok=True)
-        (checkpoints.folder / PREFLIGHT).write_text(report.text() + "\n", encoding="utf-8")
+        locations.replace(checkpoints.folder / PREFLIGHT, f"{report.text()}\n".encode())
         _logger.info("%s", report.text())
         if newest is not None:
             _logger.info("going on from %s", newest)

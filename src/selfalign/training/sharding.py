@@ -38,7 +38,9 @@ def require(stage: Stage) -> None:
 
 
 def start(stage: Stage | None) -> None:
-    """Join the ranks that torchrun started, over NCCL or, without a GPU, gloo. Alone and without DeepSpeed: nothing.
+    """Join the ranks that were started, over NCCL or, without a GPU, gloo. Alone and without DeepSpeed: nothing.
+
+    torchrun leaves it to each rank to join the others; Ray Train has joined them already.
 
     Comes before the training's arguments and the model: under ZeRO-3 a model is sharded while it is loaded, by the
     arguments, which must stay alive. Raises UsageError where DeepSpeed is not installed or would not be used.
@@ -54,7 +56,7 @@ def start(stage: Stage | None) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     backend = "nccl" if gpu else "gloo"
     if stage is None:
-        if ranks.size() > 1:
+        if ranks.size() > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group(backend, timeout=PATIENCE)
         return
     require(stage)

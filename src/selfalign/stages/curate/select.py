@@ -1,13 +1,17 @@
 """Keep the pairs that are rated well enough: at most one a document, and no more of a kind than the recipe wants."""
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import compress
+from math import nan
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from selfalign.core.errors import GateError
 from selfalign.core.identity import seed_for
+from selfalign.core.keys import key_of
 from selfalign.core.records import Candidate, Outcome, Rated, Record, rejected
 from selfalign.core.stage import Context, Rows, Settings, WholeStage
 from selfalign.core.store import Manifest
@@ -15,6 +19,12 @@ from selfalign.stages.curate.calibrate import Calibration
 from selfalign.stages.curate.config import CurateConfig
 from selfalign.stages.curate.rate import signals_of
 from selfalign.stages.curate.verdict import UNRATED, verdict
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Place = int
 
 
 @dataclass(frozen=True)
@@ -46,20 +56,15 @@ class Select(WholeStage):
     def run(self, rows: Rows[Rated], context: Context) -> Iterable[Outcome]:
         calibration = Calibration.of(context.path("calibration")) if self.needs_calibration else Calibration()
         threshold = calibration.cut(self.config)
-        best: dict[tuple[str, ...], tuple[float, str]] = {}
+        documents, scores = array("q"), array("d")
         for row, score, _ in self._judged(rows, calibration):
-            if score is not None:
-                worth = (-score, row.id)
-                best[row.parents] = min(worth, best.get(row.parents, worth))
-        reasons = self._passed_over(rows, {id: -worth for worth, id in best.values()}, threshold, context)
-        for row, score, unrated in self._judged(rows, calibration):
+            documents.append(key_of(*row.parents))
+            scores.append(nan if score is None else score)
+        reasons = self._passed_over(rows, documents, scores, threshold, context)
+        for (row, score, unrated), passed_over in zip(self._judged(rows, calibration), reasons, strict=True):
             if calibration.fit is not None:
                 row = replace(row, probability=score)
-            reason = unrated
-            if score is not None and best[row.parents][1] != row.id:
-                reason = "below_threshold" if score < threshold else "not_best"
-            elif score is not None:
-                reason = reasons.get(row.id)
+            reason = unrated or passed_over
             yield rejected(row.id, reason, row) if reason else row
 
     def _judged(self, rows: Rows[Rated], found: Calibration) -> Iterator[tuple[Rated, float | None, str | None]]:
@@ -69,39 +74,52 @@ class Select(WholeStage):
             yield row, *verdict(*rubric, signals_of(row), self.config, found.fit)
 
     def _passed_over(
-        self, rows: Rows[Rated], scores: dict[str, float], threshold: float, context: Context
-    ) -> dict[str, str]:
-        """Of the documents' best pairs, those that are not kept, with the reason."""
-        reasons = {id: "below_threshold" for id, score in scores.items() if score < threshold}
-        if self.config.quantile is not None and scores:
+        self, rows: Rows[Rated], documents: "array[int]", scores: "array[float]", threshold: float, context: Context
+    ) -> "NDArray[np.object_]":
+        """Why each row with a score (NaN is none) is not kept, None where it is."""
+        import numpy as np
+
+        worth = np.asarray(scores)
+        reasons, left = np.full(len(worth), "not_best", object), _best(documents, worth)
+
+        def drop(reason: str, which: "NDArray[np.bool_] | list[int]") -> None:
+            reasons[which] = reason
+            left[which] = False
+
+        best = np.sort(worth[left])
+        reasons[left] = None
+        drop("below_threshold", worth < threshold)
+        if self.config.quantile is not None and best.size:
             # So many are below it, however many are alike at it.
-            last = sorted(scores.values())[int(round(self.config.quantile * len(scores), 9))]
-            reasons |= {id: "below_quantile" for id, score in scores.items() if score < last and id not in reasons}
+            last = best[int(round(self.config.quantile * len(best), 9))]
+            drop("below_quantile", left & (worth < last))
         for most, name, key in (
             (self.config.max_per_source, "source_full", self._source),
             (self.config.max_per_cluster, "cluster_full", self._cluster),
         ):
             if most is not None:
-                ranked = sorted((id for id in scores if id not in reasons), key=lambda id: (-scores[id], id))
-                reasons |= dict.fromkeys(_beyond(ranked, key(rows, ranked), most), name)
-        left = [id for id in scores if id not in reasons]
-        return reasons | dict.fromkeys(set(left) - _matched(left, context), "match_size")
+                by_worth = sorted((-scores[place], row.id, place) for place, row in compress(enumerate(rows), left))
+                ranked = [place for *_, place in by_worth]
+                drop(name, [*_beyond(ranked, key(rows, ranked), most)])
+        drop("match_size", _unmatched(rows, left, context))
+        return reasons
 
     @staticmethod
-    def _source(rows: Rows[Rated], ranked: Sequence[str]) -> Callable[[str], Hashable]:
+    def _source(rows: Rows[Rated], ranked: Sequence[Place]) -> Callable[[Place], Hashable]:
         wanted = set(ranked)
-        return {row.id: row.source for row in rows if row.id in wanted}.__getitem__
+        return {place: row.source for place, row in enumerate(rows) if place in wanted}.__getitem__
 
-    def _cluster(self, rows: Rows[Rated], ranked: Sequence[str]) -> Callable[[str], Hashable]:
+    def _cluster(self, rows: Rows[Rated], ranked: Sequence[Place]) -> Callable[[Place], Hashable]:
         """The best pair that a pair's texts are a near-duplicate of, or itself."""
         from tempfile import gettempdir
 
         from selfalign.text.near_duplicates import near_duplicates
 
         wanted = set(ranked)
-        texts = {row.id: f"{row.prompt}\n{row.completion}" for row in rows if row.id in wanted}
-        first = near_duplicates((texts[id] for id in ranked), self.config.cluster_similarity, Path(gettempdir()))
-        return {id: n if at < 0 else at for n, (id, at) in enumerate(zip(ranked, first.tolist(), strict=True))}.get
+        texts = {place: f"{row.prompt}\n{row.completion}" for place, row in enumerate(rows) if place in wanted}
+        first = near_duplicates((texts[place] for place in ranked), self.config.cluster_similarity, Path(gettempdir()))
+        firsts = zip(ranked, first.tolist(), strict=True)
+        return {place: n if at < 0 else at for n, (place, at) in enumerate(firsts)}.get
 
     def check(self, manifest: Manifest) -> None:
         rejections = manifest.ledger["rejected"]
@@ -136,12 +154,13 @@ class KeepAll(WholeStage):
     output: ClassVar[type[Record]] = Rated
 
     def run(self, rows: Rows[Candidate], context: Context) -> Iterable[Outcome]:
-        first: dict[tuple[str, ...], str] = {}
-        for row in rows:
-            first.setdefault(row.parents, row.id)
-        chosen = _matched(list(first.values()), context)
-        for row in rows:
-            reason = "not_first" if first[row.parents] != row.id else "match_size" if row.id not in chosen else None
+        import numpy as np
+
+        left = _best(array("q", (key_of(*row.parents) for row in rows)), np.zeros(len(rows)))
+        reasons = np.full(len(left), "not_first", object)
+        reasons[left] = None
+        reasons[_unmatched(rows, left, context)] = "match_size"
+        for row, reason in zip(rows, reasons, strict=True):
             unrated = Rated(**{f.name: getattr(row, f.name) for f in fields(row)})
             yield rejected(row.id, reason, unrated) if reason else unrated
 
@@ -150,19 +169,32 @@ class KeepAll(WholeStage):
             raise GateError("no pair is left after augmentation; `selfalign status` says what was filtered, and why")
 
 
-def _beyond(ranked: Sequence[str], key: Callable[[str], Hashable], most: int) -> Iterator[str]:
+def _best(documents: "array[int]", worth: "NDArray[np.float64]") -> "NDArray[np.bool_]":
+    """Whether a row is the best of its document, of equals the first; one whose worth is NaN is not."""
+    import numpy as np
+
+    places = np.argsort(-worth, kind="stable")[: len(worth) - np.isnan(worth).sum()]
+    best = np.zeros(len(worth), np.bool_)
+    best[places[np.unique(np.asarray(documents)[places], return_index=True)[1]]] = True
+    return best
+
+
+def _beyond(ranked: Sequence[Place], key: Callable[[Place], Hashable], most: int) -> Iterator[Place]:
     """Those of `ranked`, the best first, that find `most` of the same key before them."""
     seen: Counter[Hashable] = Counter()
-    for id in ranked:
-        seen[key(id)] += 1
-        if seen[key(id)] > most:
-            yield id
+    for place in ranked:
+        seen[key(place)] += 1
+        if seen[key(place)] > most:
+            yield place
 
 
-def _matched(ids: Sequence[str], context: Context) -> set[str]:
-    """All ids, or as many as the input `match` holds, drawn by seed."""
+def _unmatched(rows: Rows[Candidate], left: "NDArray[np.bool_]", context: Context) -> list[Place]:
+    """Of those that are left, all but as many as the input `match` holds, drawn by seed."""
     if "match" not in context.inputs:
-        return set(ids)
+        return []
     kept = context.manifest("match").ledger["kept"]
     assert isinstance(kept, int)
-    return set(sorted(ids, key=lambda id: seed_for(context.seed, id, "match_size"))[:kept])
+    drawn = sorted(
+        (seed_for(context.seed, row.id, "match_size"), place) for place, row in compress(enumerate(rows), left)
+    )
+    return [place for _, place in drawn[kept:]]

@@ -10,6 +10,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from selfalign.core.errors import GateError
 from selfalign.core.identity import digest, seed_for
+from selfalign.core.keys import key_of
 from selfalign.core.records import Document, Outcome, Record, SeedPair, rejected
 from selfalign.core.stage import Context, Rows, Settings, WholeStage
 from selfalign.core.store import Manifest, dropped
@@ -168,9 +169,9 @@ def _duplicates(left: Left[R], texts: Callable[[R], list[str]]) -> list[Place]:
     """Rows whose texts equal an earlier one's but for case, spacing and final punctuation (by hashes of 64 bits)."""
     import numpy as np
 
-    keys, places = array("Q"), array("Q")
+    keys, places = array("q"), array("Q")
     for place, row in left:
-        keys.append(int(digest([normalised(text) for text in texts(row)])[:16], 16))
+        keys.append(key_of(*(normalised(text) for text in texts(row))))
         places.append(place)
     again = np.ones(len(keys), np.bool_)
     again[np.unique(np.asarray(keys), return_index=True)[1]] = False

@@ -21,6 +21,8 @@ ROWS = {
     "4": "sft:row",
     "4b": "packing:row",
     "5": "near_duplicates:row",
+    "7": "orchestration:row_7",
+    "8": "orchestration:row_8",
 }
 
 

@@ -55,7 +55,7 @@ class RayBackend:
             except (ConnectionError, RuntimeError) as error:
                 raise _explained(address, error) from error
         self._closed = threading.Event()
-        if address != "local":
+        if self._ours and address != "local":
             head = ray.get_runtime_context().gcs_address
             threading.Thread(target=_watch_head, args=(head, self._closed), daemon=True).start()
         self._pool = Pool(self._code)

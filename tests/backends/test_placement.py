@@ -144,8 +144,8 @@ def test_what_the_cluster_can_never_give_is_refused_with_what_it_has(
 ) -> None:
     with pytest.raises(UsageError, match=told) as caught:
         backend.map(map_job(Where(str(meeting)), tmp_path / "step", 1, resources), ignore)
-    assert "2 CPUs and 0 GPUs" in str(caught.value)
-    assert str(caught.value).count("2 CPUs and 2 GPUs") == 2
+    assert "1 with 2 CPUs and 0 GPUs" in str(caught.value)
+    assert "2 with 2 CPUs and 2 GPUs" in str(caught.value)
     assert list(meeting.iterdir()) == []
 
 

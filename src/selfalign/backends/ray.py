@@ -38,8 +38,6 @@ class RayBackend:
         self._ours = not ("ray" in sys.modules and sys.modules["ray"].is_initialized())
         if self._ours and address == "local":
             _keep_to_ourselves()
-        elif self._ours:
-            _check_answers(address)
         try:
             import ray
         except ModuleNotFoundError as error:
@@ -47,6 +45,8 @@ class RayBackend:
         from selfalign.backends.ray_pool import Pool
 
         self._ray, self._code = ray, code_digest()
+        if self._ours and address != "local":
+            _check_answers(address)
         if self._ours:
             ours = {"include_dashboard": False} if address == "local" else {}
             try:

@@ -36,6 +36,7 @@ SHARDS_IN_FLIGHT = 2
 """An actor has its next shard before it has done with one, so that its GPU does not wait for the driver."""
 LOOK_S, WAIT_S = 0.2, 60.0
 END_S = 5.0
+"""How long workers that are ended may take to say that nothing killed them."""
 SAVE_S = 300.0
 """How long a build that was asked to end may save. A cluster may have less patience."""
 LOST = (RayActorError, OutOfMemoryError)

@@ -1,6 +1,8 @@
 """Records as Parquet: what goes in comes out, and damage is told."""
 
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -192,3 +194,22 @@ def test_further_units_are_those_after_the_first_of_a_record(units: list[tuple[i
     with TemporaryDirectory() as folder:
         (Path(folder) / "shard").write_bytes(to_parquet(rows, Document))
         assert further_units(Path(folder) / "shard") == sum(n > 0 for _, n in units)
+
+
+READS = """
+import os, pathlib, sys
+from selfalign.core.records import Document
+from selfalign.core.tables import ledger_of, read_kept
+import pyarrow.parquet
+before = os.listdir("/proc/self/task")
+list(read_kept(pathlib.Path(sys.argv[1]), Document)), ledger_of(pathlib.Path(sys.argv[1]))
+assert os.listdir("/proc/self/task") == before
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its threads")
+def test_reading_leaves_no_thread_that_could_abort_the_process_at_its_end(tmp_path: Path) -> None:
+    shard = tmp_path / "shard"
+    rows = [Document(id=f"{n}", source="s", text="t" * n) for n in range(64)]
+    shard.write_bytes(to_parquet(rows, Document))
+    subprocess.run([sys.executable, "-c", READS, shard], check=True)

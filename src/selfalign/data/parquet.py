@@ -148,7 +148,8 @@ def _row_group(part: SourcePart, table: "ParquetFile", group: int, names: list[s
 
     done, problem = numbers.start, "the row group is shorter than its footer says"
     try:
-        for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=names):
+        # Threads that read from a Python stream may keep this process from ending.
+        for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=names, use_threads=False):
             passed = min(max(part.first - done, 0), batch.num_rows)
             done += passed
             for row in _decoded(batch.slice(passed)):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.core.errors import StorageError
 from selfalign.core.locations import Location
-from selfalign.core.tables import in_memory
+from selfalign.core.tables import opened
 from selfalign.report.run import StepView
 
 if TYPE_CHECKING:
@@ -22,31 +22,30 @@ def batches(
     table has."""
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     for shard in step.artifact.shards():
-        with _readable(shard), pq.ParquetFile(in_memory(shard), page_checksum_verification=True) as file:
+        with _readable(shard), opened(shard) as file:
             wanted = dict.fromkeys(["id", "outcome", *columns])
             names = [name for name in wanted if name in file.schema_arrow.names]
-            for batch in file.iter_batches(size, columns=names):
+            for batch in file.iter_batches(size, columns=names, use_threads=False):
                 yield batch if dropped else batch.filter(pc.equal(batch.column("outcome"), pa.scalar("kept")))
 
 
 def rows_by_id(step: StepView, ids: Sequence[str], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Some rows of a step, whatever came of them, with `id` and those of `columns` that its table has."""
+    import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     found: dict[str, dict[str, Any]] = {}
+    wanted = pa.array(ids, pa.string())
     for shard in step.artifact.shards() if ids else ():
-        with _readable(shard):
-            file = in_memory(shard)
-            names = [name for name in ("id", *columns) if name in pq.read_schema(file).names]
-            # Rows are sorted by id, so that most shards are told by their statistics to hold none of them.
-            table = pq.read_table(
-                file, columns=names, filters=pc.field("id").isin(list(ids)), page_checksum_verification=True
-            )
-        found |= {row["id"]: row for row in table.to_pylist()}
+        with _readable(shard), opened(shard) as file:
+            these = pc.is_in(file.read(["id"], use_threads=False)["id"], value_set=wanted)
+            # Most shards hold none of them.
+            if pc.any(these).as_py():
+                names = [name for name in ("id", *columns) if name in file.schema_arrow.names]
+                rows = file.read(names, use_threads=False).filter(these).to_pylist()
+                found |= {row["id"]: row for row in rows}
     return found
 
 
@@ -56,5 +55,5 @@ def _readable(shard: Location) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, KeyError, pa.ArrowException) as error:
         raise StorageError(f"{shard} is damaged or unreadable: {error}") from error

@@ -59,7 +59,6 @@ def _of_a_run(folder: Path, rows: int) -> dict[str, float]:
     return {
         "measurements a shard, bytes": measured / shards,
         "a done shard in a resumed run, CPU-ms": _cpu_s(run) / shards * 1e3,
-        "a shard compared with its manifest, CPU-µs": _cpu_s(artifact.verify) / shards * 1e6,
     }
 
 

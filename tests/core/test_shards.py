@@ -10,13 +10,14 @@ from typing import ClassVar
 import pytest
 
 from selfalign.core.errors import InternalError
+from selfalign.core.identity import file_digest
 from selfalign.core.ledger import Ledger
 from selfalign.core.locations import Location, entries
 from selfalign.core.records import Document, Dropped, Outcome, Record, SourcePart, rejected
 from selfalign.core.shards import Journal, run_shard, withdraw
 from selfalign.core.stage import Context, MapStage, Process
 from selfalign.core.store import Artifact
-from selfalign.core.tables import read_outcomes, to_parquet
+from selfalign.core.tables import Shard, read_outcomes, to_parquet
 
 # Processes the shard once. A row that says so takes the whole process with it, as a crash would.
 DRIVE = """
@@ -66,7 +67,7 @@ def plain(rows: Sequence[Document]) -> Iterable[Outcome]:
 
 def once(folder: Path, work: Work, stage: MapStage = Upper()) -> Artifact:
     artifact = Artifact(folder / "out", "id")
-    run_shard(stage, Process(work, lambda: 0), folder / "in.parquet", artifact, 0)
+    run_shard(stage, Process(work, lambda: 0), shard(folder), artifact, 0)
     return artifact
 
 
@@ -77,6 +78,10 @@ def put(folder: Path, texts: Sequence[str]) -> list[str]:
     return [row.id for row in rows]
 
 
+def shard(folder: Path) -> Shard:
+    return Shard(folder / "in.parquet", file_digest(folder / "in.parquet"))
+
+
 def outcomes(artifact: Artifact) -> list[Outcome]:
     return list(read_outcomes(artifact.shard(0), Document))
 
@@ -85,7 +90,7 @@ def test_every_row_comes_out_once_and_the_report_balances(tmp_path: Path) -> Non
     ids = put(tmp_path, ["b", "a", "c"] * 3)
     tokens = iter([5, 12])
     artifact = Artifact(tmp_path / "out", "id")
-    report = run_shard(Upper(), Process(plain, lambda: next(tokens)), tmp_path / "in.parquet", artifact, 0)
+    report = run_shard(Upper(), Process(plain, lambda: next(tokens)), shard(tmp_path), artifact, 0)
     assert [row.id for row in outcomes(artifact)] == ids
     assert report.tokens == 7
     assert report.ledger == Ledger(sources=9, in_=9, kept=9)
@@ -138,7 +143,7 @@ def test_a_second_writer_of_a_shard_changes_nothing_and_reports_what_is_there(tm
     artifact = once(tmp_path, plain)
     before = artifact.shard(0).read_bytes()
     process = Process(lambda rows: [rejected(row.id, "changed") for row in rows], lambda: 0)
-    report = run_shard(Upper(), process, tmp_path / "in.parquet", artifact, 0)
+    report = run_shard(Upper(), process, shard(tmp_path), artifact, 0)
     assert artifact.shard(0).read_bytes() == before
     assert report.ledger.kept == 2
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from selfalign.core.locations import commit
+from selfalign.core.identity import file_digest
+from selfalign.core.locations import commit, files_in
 from selfalign.core.records import Outcome, Record
 from selfalign.core.store import Manifest, Store
 from selfalign.core.tables import to_parquet
@@ -42,8 +43,11 @@ class Run:
             commit(artifact.files / file, text.encode())
         if state == "done":
             counts = {"sources": 3, "in": 3, "kept": 3, "rejected": {}, "quarantined": {}, **(ledger or {})}
+            made = {file: file_digest(artifact.folder / file) for file in files_in(artifact.folder)}
             artifact.finish(
-                Manifest(name, artifact.identity, "f" * 64, {}, {}, counts, metrics or {}, stop, tokens=7, seconds=1.5)
+                Manifest(
+                    name, artifact.identity, "f" * 64, {}, made, counts, metrics or {}, stop, tokens=7, seconds=1.5
+                )
             )
         step = {"name": name, "arm": arm, "artifact": artifact.name, "state": state, "message": None}
         self.steps.append(step)

@@ -90,7 +90,7 @@ class ShardReport:
 
 def input_rows(stage: MapStage, source: ShardSource) -> list[Any]:
     """The rows of a map's input shard: those of a table, or records of what lies outside."""
-    return list(source) if isinstance(source, tuple) else list(read_kept(source, stage.record))
+    return list(source) if isinstance(source, tuple) else list(read_kept(source.path, stage.record, source.sha256))
 
 
 @reachable()

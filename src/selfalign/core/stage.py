@@ -16,7 +16,7 @@ from selfalign.core.lease import Lease
 from selfalign.core.ledger import Ledger
 from selfalign.core.locations import Location
 from selfalign.core.records import Outcome, Record
-from selfalign.core.tables import read_kept
+from selfalign.core.tables import Shard, read_kept
 
 if TYPE_CHECKING:
     from selfalign.core.store import Artifact, Manifest
@@ -26,7 +26,7 @@ R_co = TypeVar("R_co", bound=Record, covariant=True)
 
 Settings = Mapping[str, Frozen | JsonValue]
 # What a map's output shard is made from: a shard of a table, or records of what lies outside.
-ShardSource = Location | tuple[Record, ...]
+ShardSource = Shard | tuple[Record, ...]
 Log = Callable[[Mapping[str, float]], None]
 
 
@@ -98,20 +98,13 @@ class KeptRows(Generic[R]):
     record: type[R]
 
     def __iter__(self) -> Iterator[R]:
-        for shard in self.artifact.shards():
-            yield from read_kept(shard, self.record)
+        for shard in self.artifact.committed():
+            yield from read_kept(shard.path, self.record, shard.sha256)
 
     def __len__(self) -> int:
-        kept = _complete(self.artifact).ledger["kept"]
+        kept = self.artifact.complete().ledger["kept"]
         assert isinstance(kept, int)
         return kept
-
-
-def _complete(artifact: "Artifact") -> "Manifest":
-    manifest = artifact.manifest()
-    if manifest is None:
-        raise InternalError(f"{artifact.name} is read before it is complete")
-    return manifest
 
 
 @dataclass(frozen=True)
@@ -133,7 +126,7 @@ class Context:
 
     def manifest(self, role: str) -> "Manifest":
         """The manifest of an input made by a step."""
-        return _complete(self._artifact(role))
+        return self._artifact(role).complete()
 
     def identity(self, role: str) -> str:
         """Identity of a step's output, or digest of something outside."""

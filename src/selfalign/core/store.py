@@ -12,18 +12,16 @@ committed yet lies in this machine's scratch folder.
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter
 
-from selfalign.core.errors import MismatchError, StorageError
+from selfalign.core.errors import InternalError, MismatchError, StorageError
 from selfalign.core.identity import digest, file_digest
 from selfalign.core.ledger import Ledger
 from selfalign.core.locations import Location, commit, entries, fetched, reachable, read, scratch
-
-VERIFIED_AT_ONCE = 16
+from selfalign.core.tables import Shard, another
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,19 @@ class Artifact:
 
     def shards(self) -> list[Location]:
         """The shards that are committed, in order."""
-        # Beyond 99,999 their numbers are longer.
-        return sorted(entries(self.folder, "shard-*.parquet"), key=lambda path: (len(path.name), path.name))
+        return sorted(entries(self.folder, "shard-*.parquet"), key=lambda path: _by_number(path.name))
+
+    def committed(self) -> list[Shard]:
+        """The shards that the manifest names, in order. Raises InternalError while the artifact is incomplete."""
+        manifest = self.complete()
+        names = sorted((name for name in manifest.files if not name.startswith("files/")), key=_by_number)
+        return [Shard(self.folder / name, manifest.files[name]) for name in names]
+
+    def complete(self) -> Manifest:
+        """The manifest. Raises InternalError while the artifact is incomplete."""
+        if (manifest := self.manifest()) is None:
+            raise InternalError(f"{self.name} is read before it is complete")
+        return manifest
 
     def manifest(self) -> Manifest | None:
         """The manifest, or None while the artifact is incomplete."""
@@ -98,22 +107,15 @@ class Artifact:
         except (ValueError, TypeError) as error:
             raise StorageError(f"{path} is damaged ({error}); delete its folder and run again") from error
 
-    def verify(self) -> None:
-        """Compare every file with the manifest. Raises StorageError naming the first that differs."""
+    def verify_files(self) -> None:
+        """Compare a build's files with the manifest. Raises StorageError naming the first that differs.
+
+        Shards are compared by whoever reads them.
+        """
         manifest = self.manifest()
-        files = manifest.files if manifest else {}
-        names = sorted(files)
-        # In an object store each of them is a journey there and back.
-        with ThreadPoolExecutor(VERIFIED_AT_ONCE) as pool:
-            for start in range(0, len(names), 16 * VERIFIED_AT_ONCE):
-                some = names[start : start + 16 * VERIFIED_AT_ONCE]
-                found = pool.map(_digest_if_there, [self.folder / name for name in some])
-                for name, there in zip(some, found, strict=True):
-                    if there != files[name]:
-                        raise StorageError(
-                            f"{self.folder / name} is not what {self.name} committed (missing or changed bytes); "
-                            f"delete {self.folder} and run again to rebuild it"
-                        )
+        for name, sha256 in sorted(manifest.files.items()) if manifest else ():
+            if name.startswith("files/") and _digest_if_there(self.folder / name) != sha256:
+                raise another(self.folder / name, self.folder)
 
     def finish(self, manifest: Manifest) -> Manifest:
         """Make the artifact visible. Of two writers the first wins, and its manifest is returned."""
@@ -131,6 +133,11 @@ class Store:
     def artifact(self, stage: str, identity: str) -> Artifact:
         """The artifact of that identity, whether or not it is there yet."""
         return Artifact(self.root / "artifacts" / f"{stage}-{identity}", identity)
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    # Beyond 99,999 the numbers of shards are longer.
+    return len(name), name
 
 
 @reachable()

@@ -1,10 +1,12 @@
 """Records as Parquet: one shard holds the rows that were kept and, marked by `outcome`, those that were not."""
 
 import dataclasses
+import hashlib
 import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from selfalign.core.errors import StorageError
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound=Record)
 # Records are numbered with seven digits, units of a record with as few as it takes.
 _FURTHER = re.compile(r"/[1-9]\d{0,5}$")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard of a complete artifact, whose manifest gives the SHA-256."""
+
+    path: Location
+    sha256: str
 
 
 def schema(record: type[Record]) -> "pa.Schema":
@@ -72,11 +82,11 @@ def _cells(outcome: Outcome, columns: list[str]) -> dict[str, Any]:
     return cells
 
 
-def _read(path: Location, columns: list[str] | None = None) -> "pa.Table":
+def _read(path: Location, columns: list[str] | None = None, sha256: str | None = None) -> "pa.Table":
     import pyarrow as pa
 
     try:
-        with opened(path) as file:
+        with opened(path, sha256) as file:
             # A column that is not there would be left out silently.
             table = file.read(columns, use_threads=False)
             return table.select(columns) if columns else table
@@ -87,8 +97,10 @@ def _read(path: Location, columns: list[str] | None = None) -> "pa.Table":
         ) from error
 
 
-def opened(path: Location) -> "ParquetFile":
+def opened(path: Location, sha256: str | None = None) -> "ParquetFile":
     """A shard, wherever it lies, to be read with `use_threads=False` and its page checksums verified.
+
+    Raises StorageError where its bytes, or that there are none, do not agree with `sha256`.
 
     A thread of Arrow's that lets go of Python's bytes while the process ends aborts it, in 2 of 60 processes on busy
     cores. Threads save nothing on shards of this size.
@@ -96,19 +108,38 @@ def opened(path: Location) -> "ParquetFile":
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    return ParquetFile(pa.BufferReader(read(path)), page_checksum_verification=True)
+    try:
+        data = read(path)
+    except FileNotFoundError:
+        if sha256 is None:
+            raise
+        raise another(path, path.parent) from None
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise another(path, path.parent)
+    return ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
 
 
-def read_kept(path: Location, record: type[R]) -> Iterator[R]:
-    """The kept rows of a shard, in order of id."""
-    for outcome in read_outcomes(path, record):
+def another(path: Location, folder: Location) -> StorageError:
+    """What to say of a file that is not the one that the artifact in `folder` committed."""
+    return StorageError(
+        f"{path} is not what {folder.name} committed (missing or changed bytes); delete {folder} and run again to "
+        "rebuild it"
+    )
+
+
+def read_kept(path: Location, record: type[R], sha256: str | None = None) -> Iterator[R]:
+    """The kept rows of a shard, in order of id. Raises StorageError where it has not that `sha256`."""
+    for outcome in read_outcomes(path, record, sha256):
         if isinstance(outcome, record):
             yield outcome
 
 
-def read_outcomes(path: Location, record: type[R]) -> Iterator[R | Dropped]:
-    """All rows of a shard, without their notes. A dropped row carries its record as far as its columns are known."""
-    table = _read(path)
+def read_outcomes(path: Location, record: type[R], sha256: str | None = None) -> Iterator[R | Dropped]:
+    """All rows of a shard, without their notes. A dropped row carries its record as far as its columns are known.
+
+    Raises StorageError where it has not that `sha256`.
+    """
+    table = _read(path, sha256=sha256)
     # Page checksums leave the footer out, and the names of the columns stand there.
     if not table.schema.equals(schema(record)):
         raise StorageError(f"{path} is damaged, or of another version: its columns are not a {record.__name__}'s")

@@ -219,8 +219,9 @@ class Runner:
         for source in context.inputs.values():
             if isinstance(source, External):
                 _check_unchanged(source)
-            if isinstance(source, Artifact) and source.name not in self._verified:
-                source.verify()
+            # Shards are compared as they are read, and what lies in an object store as it is fetched.
+            if isinstance(source, Artifact) and isinstance(source.files, Path) and source.name not in self._verified:
+                source.verify_files()
                 self._verified.add(source.name)
         with Measurements(self.artifact(step).folder) as measured:
             match step.stage:
@@ -235,7 +236,7 @@ class Runner:
     def _map(self, step: Step, stage: MapStage, context: Context, measured: Measurements) -> Manifest:
         artifact = self.artifact(step)
         main = context.inputs["rows"]
-        sources: tuple[ShardSource, ...] = main.shards if isinstance(main, External) else tuple(main.shards())
+        sources: tuple[ShardSource, ...] = main.shards if isinstance(main, External) else tuple(main.committed())
         there = {path.name for path in artifact.shards()}
         todo = tuple(n for n in range(len(sources)) if artifact.shard(n).name not in there)
         rows = None if isinstance(main, External) else _rows_in(context.manifest("rows"))

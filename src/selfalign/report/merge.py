@@ -80,7 +80,7 @@ def merge(model: str, dest: Path, dtype: Dtype | None, say: Callable[[str], None
     adapter = found.adapter
     if adapter.name == "files":
         # The files of a run's artifact.
-        Artifact(adapter.parent, "").verify()
+        Artifact(adapter.parent, "").verify_files()
     check_adapter(adapter, found.config)
     wanted = dtype or found.config.dtype
     plain = found.config.model_copy(update={"dtype": wanted, "quantisation": None})

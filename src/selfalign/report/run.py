@@ -43,8 +43,12 @@ class StepView:
 
     def outcomes(self, record: type[R]) -> Iterator[R | Dropped]:
         """All rows, the dropped ones too."""
-        for shard in self.artifact.shards():
-            yield from read_outcomes(shard, record)
+        if self.manifest is None:
+            for path in self.artifact.shards():
+                yield from read_outcomes(path, record)
+        else:
+            for shard in self.artifact.committed():
+                yield from read_outcomes(shard.path, record, shard.sha256)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The rows of a JSONL file among its files."""

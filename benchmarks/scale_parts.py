@@ -13,6 +13,7 @@ from scale import steps, write
 from selfalign.backends.local import LocalBackend
 from selfalign.core.ledger import Ledger
 from selfalign.core.shards import Journal
+from selfalign.core.stage import Process
 from selfalign.core.store import Artifact, Manifest, Store
 from selfalign.pipelines.runner import Runner, Silent
 
@@ -63,12 +64,11 @@ def _of_a_run(folder: Path, rows: int) -> dict[str, float]:
 
 
 def _of_a_journal(folder: Path, batches: int) -> dict[str, float]:
-    journal = Journal(folder / "journal.json", stall_minutes=10)
+    journal, nothing = Journal(folder / "journal", stall_minutes=10), Process(lambda rows: ())
 
     def note() -> None:
         for _ in range(batches):
-            journal.note("batch 0", 1)
-            journal.note("batch 0", -1)
+            journal.run("batch 0", nothing, ())
 
     return {"journal of a batch, CPU-µs": _cpu_s(note) / batches * 1e6}
 

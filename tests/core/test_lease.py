@@ -85,8 +85,9 @@ def aged(request: pytest.FixtureRequest) -> Aged:
     return age
 
 
-def left_by(path: Location, host: str, pid: int = 1) -> None:
-    locations.replace(path, json.dumps(asdict(Owner(host, pid, "1", "other"))).encode())
+def left_by(path: Location, host: str, pid: int = 1, space: str | None = None) -> None:
+    owner = Owner(host, pid, "1", "other", Owner.this_process().space if space is None else space)
+    locations.replace(path, json.dumps(asdict(owner)).encode())
 
 
 def numbered(folder: Location, number: int) -> Location:
@@ -177,6 +178,14 @@ def test_a_process_number_that_was_given_out_again_is_not_the_holder(folder: Loc
     left_by(numbered(folder, 1), ME, pid=os.getpid())
     with lease(folder, False, said.append):
         assert said == []
+
+
+def test_a_process_of_another_container_with_this_hosts_name_is_believed_alive(
+    folder: Location, said: list[str]
+) -> None:
+    left_by(numbered(folder, 1), ME, space="pid:[1]")
+    with pytest.raises(LeaseHeldError, match=f"process 1 on {ME}"), lease(folder, False, said.append):
+        pass
 
 
 @pytest.mark.parametrize("age_s", [0, 50])
@@ -410,7 +419,7 @@ def test_a_store_that_is_away_says_nothing_about_the_holder(
 ) -> None:
     folder = s3.folder()
     left_by(numbered(folder, 1), "elsewhere")
-    held = Lease(numbered(folder, 1), Owner("elsewhere", 1, "1", "other"))
+    held = Lease(numbered(folder, 1), Owner("elsewhere", 1, "1", "other", Owner.this_process().space))
     s3.fail("unavailable", after=requests)
     with pytest.raises(ServiceError, match="object store"), lease(folder, True, said.append):
         pytest.fail("two held it")

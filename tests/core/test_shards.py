@@ -1,9 +1,12 @@
 """One shard: three tries for a row that kills, the ledger proved, one commit."""
 
+import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,8 +14,9 @@ import pytest
 
 from selfalign.core.errors import InternalError
 from selfalign.core.identity import file_digest
+from selfalign.core.lease import Owner
 from selfalign.core.ledger import Ledger
-from selfalign.core.locations import Location, entries
+from selfalign.core.locations import Location, commit, entries
 from selfalign.core.records import Document, Dropped, Outcome, Record, SourcePart, rejected
 from selfalign.core.shards import Journal, run_shard, withdraw
 from selfalign.core.stage import Context, MapStage, Process
@@ -84,6 +88,15 @@ def shard(folder: Path) -> Shard:
 
 def outcomes(artifact: Artifact) -> list[Outcome]:
     return list(read_outcomes(artifact.shard(0), Document))
+
+
+def died(journal: Location, key: str, host: str | None = None) -> Location:
+    """What a process leaves that died with `key` in flight."""
+    owner = Owner.this_process()
+    owner = replace(owner, started="long ago", host=host or owner.host)
+    path = journal / f"{owner.token}.json"
+    assert commit(path, json.dumps({"owner": asdict(owner), "in_flight": key}).encode())
+    return path
 
 
 def test_every_row_comes_out_once_and_the_report_balances(tmp_path: Path) -> None:
@@ -194,7 +207,7 @@ def test_a_row_that_kills_its_process_is_tried_twice_whole_once_alone_and_then_q
 def test_a_crash_that_came_from_outside_costs_no_row(tmp_path: Path) -> None:
     ids = put(tmp_path / "run", ["fine"] * 3)
     for _ in range(2):
-        Journal(tmp_path / "run" / "out" / "journal-00000.json", 20).note("batch 0", 1)
+        died(tmp_path / "run" / "out" / "journal-00000", "batch 0")
     tries = drive(tmp_path / "run", "bad")
     assert tries == [[id] for id in ids]
     assert all(isinstance(row, Document) for row in outcomes(Artifact(tmp_path / "run" / "out", "id")))
@@ -219,17 +232,36 @@ def test_an_exception_is_no_crash_and_is_never_counted_as_one(tmp_path: Path) ->
     assert seen == [2]
 
 
-def test_a_journal_holds_what_has_begun_and_not_ended_and_goes_with_its_shards_commit(place: Location) -> None:
-    path = place / "journal"
-    Journal(path, 20).note("batch 0", 1)
-    journal = Journal(path, 20)
-    journal.note("batch 4", 1)
-    journal.note("batch 4", -1)
-    assert Journal(path, 20).unfinished == {"batch 0": 1}
+def test_a_journal_tells_what_processes_had_in_flight_when_they_died_and_goes_with_its_shards_commit(
+    place: Location,
+) -> None:
+    folder = place / "journal-00000"
+    died(folder, "batch 0")
+    died(folder, "batch 0")
+    journal = Journal(folder, 20)
+    journal.run("batch 4", Process(plain), [])
+    # That process is alive, whatever it has in flight.
+    for known in (journal, Journal(folder, 20)):
+        assert known.deaths == {"batch 0": 2}
+    journal.land()
+    assert len(entries(folder, "*")) == 2
     journal.discard()
     journal.discard()
     assert entries(place, "*") == []
-    assert Journal(path, 20).unfinished == {}
+    assert Journal(folder, 20).deaths == {}
+
+
+def test_whoever_is_out_of_reach_counts_as_dead_after_a_minute_without_a_sign_of_life(tmp_path: Path) -> None:
+    path = died(tmp_path / "journal", "row a", host="elsewhere")
+    assert Journal(tmp_path / "journal", 20).deaths == {}
+    os.utime(path, (time.time() - 61,) * 2)
+    assert Journal(tmp_path / "journal", 20).deaths == {"row a": 1}
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"owner": {}, "in_flight": "batch 0"}', b'{"owner": 1}', b"\xff"])
+def test_a_journal_that_cannot_be_read_says_nothing(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "torn.json").write_bytes(data)
+    assert Journal(tmp_path, 20).deaths == {}
 
 
 def test_a_committed_shard_leaves_no_journal(tmp_path: Path) -> None:
@@ -257,22 +289,41 @@ def test_a_batch_that_is_too_much_for_the_memory_is_done_row_by_row_and_what_sti
 
 def test_what_was_ended_on_request_has_not_crashed(tmp_path: Path) -> None:
     put(tmp_path, ["a", "b"])
-    left: list[dict[str, int]] = []
+    left: list[list[Location]] = []
 
     def ends(rows: Sequence[Document]) -> Iterable[Outcome]:
+        left.append(entries(tmp_path / "out" / "journal-00000", "*"))
         withdraw()
-        left.append(dict(Journal(tmp_path / "out" / "journal-00000.json", 1).unfinished))
+        left.append(entries(tmp_path / "out" / "journal-00000", "*"))
         return plain(rows)
 
     once(tmp_path, ends)
     withdraw()
-    assert left == [{}]
+    assert [len(each) for each in left] == [1, 0]
 
 
-def test_two_workers_at_one_shard_leave_no_start_behind_that_was_none(tmp_path: Path) -> None:
-    one, other = (Journal(tmp_path / "journal", 1) for _ in range(2))
-    one.note("batch 0", 1)
-    other.note("batch 0", 1)
-    one.note("batch 0", -1)
-    other.note("batch 0", -1)
-    assert Journal(tmp_path / "journal", 1).unfinished == {}
+ASIDE = """
+import sys, time
+from pathlib import Path
+from core.test_shards import Upper, once
+def alone(rows):
+    time.sleep(0.02)
+    if len(rows) > 1:
+        raise MemoryError("too much at once")
+    return [Upper.one(row) for row in rows]
+Path(sys.argv[1], "there-" + sys.argv[2]).touch()
+while len(list(Path(sys.argv[1]).glob("there-*"))) < 2:
+    time.sleep(0.001)
+once(Path(sys.argv[1]), alone)
+"""
+
+
+@pytest.mark.parametrize("deaths", [0, 2])
+def test_of_two_workers_at_one_shard_neither_takes_the_other_for_dead(tmp_path: Path, deaths: int) -> None:
+    ids = put(tmp_path, ["fine"] * 12)
+    for _ in range(deaths):
+        died(tmp_path / "out" / "journal-00000", "batch 0")
+    workers = [subprocess.Popen([sys.executable, "-c", ASIDE, str(tmp_path), str(n)]) for n in range(2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    found = outcomes(Artifact(tmp_path / "out", "id"))
+    assert [row.id for row in found if isinstance(row, Document)] == ids

@@ -37,7 +37,7 @@ LOADED = ["faults.drive", "faults.toy", "pyarrow.parquet", "pandas", "pytest", "
 LOADED += ["s3fs"]
 COMMITTED = re.compile(r"(.*/)?(shard-\d{5}\.parquet|manifest\.json|files/.*)")
 # What processes that died leave in an object store: journals, leases, and measurements, which are files of their own.
-LEFT = re.compile(r"artifacts/[\w.-]+/(journal-\d{5}\.json|lease-\d{6}\.json|metrics-[\w.-]+\.jsonl)|drivers/.*")
+LEFT = re.compile(r"artifacts/[\w.-]+/(journal-\d{5}/\w+\.json|lease-\d{6}\.json|metrics-[\w.-]+\.jsonl)|drivers/.*")
 # What a manifest says of how it came about, and not of what it holds.
 OF_THE_WAY = ("seconds", "tokens", "code")
 

@@ -23,15 +23,17 @@ pytest.importorskip("ray", reason="needs the extra `ray`")
 LOST_ITS_CLUSTER = (69, 1)
 
 
-def journals(run: Run) -> list[dict[str, int]]:
-    """What is in flight, or was when it died."""
+def journals(run: Run) -> list[Counter[str]]:
+    """What attempts at a shard have in flight, or had when they died."""
     found = []
-    for path in run.location.glob("artifacts/*/journal-*.json"):
+    for folder in run.location.glob("artifacts/*/journal-*"):
         # Of a shard that is committed it tells nothing, and may have been left.
-        if not path.with_name(path.name.replace("journal", "shard")).with_suffix(".parquet").exists():
-            with suppress(FileNotFoundError):
-                found.append(json.loads(path.read_bytes()))
-    return found
+        if not folder.with_name(folder.name.replace("journal", "shard")).with_suffix(".parquet").exists():
+            found.append(Counter[str]())
+            for attempt in folder.glob("*.json"):
+                with suppress(FileNotFoundError):
+                    found[-1][json.loads(attempt.read_bytes())["in_flight"]] += 1
+    return [each for each in found if each]
 
 
 def may_be_hit(run: Run) -> bool:

@@ -39,7 +39,7 @@ def test_a_driver_beside_one_of_a_cluster_ends_well_with_one_content(
 ) -> None:
     run = Run(replace(calm.toy, pause_s=0.1), folder / "run", forks)
     there = driver(run)
-    until(lambda: any((folder / "run").glob("artifacts/augment*/journal-*.json")), f"nothing goes on: {run.said}")
+    until(lambda: any((folder / "run").glob("artifacts/augment*/journal-*")), f"nothing goes on: {run.said}")
     beside = run.start()
     assert [there.go(), forks.end(beside)] == [0, 0], run.said
     assert f"process {there.process.pid} on " in run.said

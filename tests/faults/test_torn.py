@@ -5,13 +5,14 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from faults.runs import Run, check_done
 from selfalign.core.lease import Lease, Owner
+from selfalign.core.locations import commit
 from selfalign.training.checkpoints import MARKER, Checkpoints
 
 CUTS = 3
@@ -95,9 +96,10 @@ def test_a_shard_that_was_cut_off_before_its_step_was_complete_is_named_and_made
 
 def test_a_journal_that_was_cut_off_stops_no_run(calm: Run) -> None:
     whole = half_done(calm, "half")
-    for number, beginning in enumerate(cuts(b'{"batch 0": 2, "row doc/0008": 1}', 2)):
+    dead = {"owner": asdict(replace(Owner.this_process(), started="long ago")), "in_flight": "row doc/0008"}
+    for number, beginning in enumerate(cuts(json.dumps(dead).encode(), 2)):
         run = copied(whole, f"torn-{number}")
-        (run.runner().artifact(run.step("augment.ask@2")).folder / "journal-00001.json").write_bytes(beginning)
+        commit(run.runner().artifact(run.step("augment.ask@2")).folder / "journal-00001" / "dead.json", beginning)
         assert run.go() == 0, run.said
         check_done(run, calm)
 

@@ -45,6 +45,10 @@ class ServiceError(SelfalignError):
     exit_code = 69
 
 
+class StoreAwayError(ServiceError):
+    """The object store of the run cannot be reached: whoever tidies up need not ask it again, and wait as long."""
+
+
 class PreemptedError(SelfalignError):
     """The process was asked to end; what is committed stays, and the same command goes on."""
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from selfalign.core.errors import LeaseHeldError, ServiceError, StorageError
+from selfalign.core.errors import LeaseHeldError, ServiceError, StorageError, StoreAwayError
 from selfalign.core.locations import Location, commit, entries, reachable, read, replace, touch
 
 HEARTBEAT_S = 5.0
@@ -26,20 +26,30 @@ class Owner:
     pid: int
     started: str
     token: str
+    space: str = ""
 
     @staticmethod
     def this_process() -> "Owner":
         """This process, with a fresh token."""
-        return Owner(socket.gethostname(), os.getpid(), _start_time(os.getpid()) or "", uuid.uuid4().hex[:12])
+        pid = os.getpid()
+        return Owner(socket.gethostname(), pid, _start_time(pid) or "", uuid.uuid4().hex[:12], _space())
 
     def is_dead(self) -> bool:
-        """Whether the process is known to have ended; False where it cannot be known (another host)."""
+        """Whether the process is known to have ended; False where it cannot be known (another host or container)."""
         # Where the system tells no start times, only the heartbeat can say.
-        known = self.started and self.host == socket.gethostname()
+        known = self.started and (self.host, self.space) == (socket.gethostname(), _space())
         return bool(known) and _start_time(self.pid) != self.started
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
+
+
+def _space() -> str:
+    """Who sees the same process numbers: containers of one host may share its name, and number on their own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _start_time(pid: int) -> str | None:
@@ -89,13 +99,10 @@ def lease(folder: Location, wait: bool, say: Callable[[str], None]) -> Iterator[
     me = Owner.this_process()
     while not _claim(mine := _free(folder, wait, say), me):
         pass
-    try:
-        with heartbeat(lambda: touch(mine)):
-            yield Lease(mine, me)
-    finally:
-        # The last number stays, given back: it must not be taken by one who looked before. After the last beat, which
-        # would bring it to life again.
-        replace(mine, b"{}")
+    # The last number stays, given back: it must not be taken by one who looked before. After the last beat, which would
+    # bring it to life again.
+    with _then(lambda: replace(mine, b"{}")), heartbeat(lambda: touch(mine)):
+        yield Lease(mine, me)
 
 
 def _free(folder: Location, wait: bool, say: Callable[[str], None]) -> Location:
@@ -103,7 +110,7 @@ def _free(folder: Location, wait: bool, say: Callable[[str], None]) -> Location:
     told = False
     while (newest := _newest(folder)) is not None:
         holder, age_s = _holder(newest)
-        if _abandoned(holder, age_s):
+        if is_abandoned(holder, age_s):
             return folder / f"lease-{_number(newest) + 1:06d}.json"
         message = f"{folder.name} is being built by {holder}, last sign of life {age_s:.0f} s ago"
         if not wait:
@@ -153,16 +160,29 @@ def heartbeat(beat: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
+def _then(tidy: Callable[[], object]) -> Iterator[None]:
+    """Tidy up when the block ends, but in a store that is away: it would be waited for once more."""
+    try:
+        yield
+    except StoreAwayError:
+        raise
+    except BaseException:
+        tidy()
+        raise
+    tidy()
+
+
+@contextmanager
 def presence(folder: Location, say: Callable[[str], None]) -> Iterator[Location]:
     """Announce this driver by a file in `folder` while the block runs, and say which other living ones are there."""
     me = Owner.this_process()
     for path in entries(folder, "*.json"):
         other, age_s = _holder(path)
-        if _abandoned(other, age_s):
+        if is_abandoned(other, age_s):
             path.unlink(missing_ok=True)
         else:
             say(f"{other} works on this run too, last sign of life {age_s:.0f} s ago; the first commit wins")
-    mine = folder / f"{me.host}-{me.pid}.json"
+    mine = folder / f"{me.host}-{me.pid}-{me.token}.json"
 
     def announce() -> None:
         # Whole at once: what cannot be read counts as dead. Written anew each time, since somebody may have found it
@@ -170,16 +190,13 @@ def presence(folder: Location, say: Callable[[str], None]) -> Iterator[Location]
         replace(mine, json.dumps(asdict(me)).encode())
 
     announce()
-    try:
-        with heartbeat(announce):
-            yield mine
-    finally:
-        mine.unlink(missing_ok=True)
+    with _then(lambda: mine.unlink(missing_ok=True)), heartbeat(announce):
+        yield mine
 
 
 def anyone_present(folder: Location) -> bool:
     """Whether a living driver has announced itself in `folder`."""
-    return not all(_abandoned(*_holder(path)) for path in entries(folder, "*.json"))
+    return not all(is_abandoned(*_holder(path)) for path in entries(folder, "*.json"))
 
 
 @reachable()
@@ -197,5 +214,6 @@ def _owner(data: bytes) -> Owner | None:
         return None
 
 
-def _abandoned(holder: Owner | None, age_s: float) -> bool:
+def is_abandoned(holder: Owner | None, age_s: float) -> bool:
+    """Whether nobody living is meant: whoever cannot be asked is taken for dead after 60 s without a sign of life."""
     return holder is None or holder.is_dead() or age_s > STALE_S

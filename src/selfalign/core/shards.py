@@ -5,13 +5,14 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from selfalign.core.errors import InternalError, is_out_of_memory
 from selfalign.core.identity import file_digest
+from selfalign.core.lease import Owner, is_abandoned
 from selfalign.core.ledger import Ledger
-from selfalign.core.locations import Location, commit, reachable, read, replace
+from selfalign.core.locations import Location, commit, entries, reachable, read, remove, replace
 from selfalign.core.records import Outcome, quarantined
 from selfalign.core.stage import STALL_MINUTES, MapStage, Process, ShardSource
 from selfalign.core.store import Artifact
@@ -25,56 +26,60 @@ ALONE_TRIES = 1
 
 
 class Journal:
-    """Which batch was in flight: survives the process, so that a row that kills it is found.
+    """Which batch an attempt at a shard has in flight: survives its process, so that a row that kills it is found.
 
-    `stall_minutes` without an end kill it, too (`core.watchdog`).
+    It is a folder beside the shard, where each attempt has a file of its own. `deaths` counts, by batch or row, the
+    attempts that had died when this one began. `stall_minutes` without an end kill it, too (`core.watchdog`).
     """
 
-    def __init__(self, path: Location, stall_minutes: float) -> None:
-        self.path = path
+    def __init__(self, folder: Location, stall_minutes: float) -> None:
+        self.folder, self._me = folder, Owner.this_process()
+        self._mine = folder / f"{self._me.token}.json"
         self._watchdog = Watchdog(stall_minutes * 60)
-        self.unfinished = self._read()
+        self.deaths = Counter(filter(None, map(_died_of, entries(folder, "*.json"))))
 
     def run(self, key: str, process: Process, rows: Sequence[Any]) -> list[Outcome]:
-        """Process rows, noting the start before and the end after."""
+        """Process rows. What is noted as in flight stays so until the next `run`, or `land`."""
         global _in_flight
-        self.note(key, 1)
-        _in_flight = (self, key)
+        replace(self._mine, json.dumps({"owner": asdict(self._me), "in_flight": key}).encode())
+        _in_flight = self
         try:
-            with self._watchdog.watching(f"{self.path.parent.name}, {self.path.stem}, {key}"):
+            with self._watchdog.watching(f"{self.folder.parent.name}, {self.folder.name}, {key}"):
                 return list(process.run(rows))
+        except BaseException:
+            # An exception is no crash.
+            self.land()
+            raise
         finally:
-            # An exception is no crash: only a process that died leaves its start without an end.
             _in_flight = None
-            self.note(key, -1)
 
-    def note(self, key: str, more: int) -> None:
-        """Count `more` starts without an end."""
-        # Another worker, out of the driver's reach, may be at the same shard.
-        self.unfinished = self._read()
-        self.unfinished[key] += more
-        replace(self.path, json.dumps(+self.unfinished).encode())
-
-    def _read(self) -> Counter[str]:
-        try:
-            return Counter(json.loads(read(self.path)))
-        except (FileNotFoundError, ValueError):
-            # Torn, where a file system does not keep what it promises, it says as much as none.
-            return Counter()
+    def land(self) -> None:
+        """Nothing is in flight any more."""
+        self._mine.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Of a shard that is committed nobody asks any more."""
-        self.path.unlink(missing_ok=True)
+        remove(self.folder)
 
 
-_in_flight: tuple[Journal, str] | None = None
+def _died_of(attempt: Location) -> str | None:
+    """What an attempt had in flight when its process died, if it did."""
+    try:
+        noted = json.loads(read(attempt))
+        owner, key = Owner(**noted["owner"]), str(noted["in_flight"])
+        return key if is_abandoned(owner, time.time() - attempt.stat().st_mtime) else None
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        # Gone meanwhile; or torn, where a file system does not keep what it promises.
+        return None
+
+
+_in_flight: Journal | None = None
 
 
 def withdraw() -> None:
     """This process is about to be ended on request, from any thread: what is in flight has not killed it."""
     if _in_flight is not None:
-        journal, key = _in_flight
-        journal.note(key, -1)
+        _in_flight.land()
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,9 @@ def run_shard(
     """Make output shard `number` from input shard `source` and commit it; the first commit of its name wins."""
     started, tokens = time.monotonic(), process.tokens()
     rows = input_rows(stage, source)
-    journal = Journal(artifact.folder / f"journal-{number:05d}.json", stall_minutes)
+    journal = Journal(artifact.folder / f"journal-{number:05d}", stall_minutes)
     outcomes = _outcomes(stage, process, rows, journal)
+    journal.land()
     ids = Counter(outcome.id for outcome in outcomes)
     if len(ids) != len(outcomes):
         raise InternalError(f"{artifact.name} shard {number}: id {ids.most_common(1)[0][0]!r} came out twice")
@@ -134,7 +140,7 @@ def _outcomes(stage: MapStage, process: Process, rows: Sequence[Any], journal: J
     for start in range(0, len(rows), stage.batch_rows):
         batch = rows[start : start + stage.batch_rows]
         key = f"batch {start}"
-        if journal.unfinished[key] < WHOLE_TRIES:
+        if journal.deaths[key] < WHOLE_TRIES:
             try:
                 outcomes += journal.run(key, process, batch)
                 continue
@@ -149,7 +155,7 @@ def _outcomes(stage: MapStage, process: Process, rows: Sequence[Any], journal: J
 def _alone(stage: MapStage, process: Process, row: Any, journal: Journal) -> Iterable[Outcome]:
     key = f"row {row.id}"
     units = stage.units(row)
-    if journal.unfinished[key] < ALONE_TRIES:
+    if journal.deaths[key] < ALONE_TRIES:
         try:
             return journal.run(key, process, [row])
         except (MemoryError, RuntimeError) as error:

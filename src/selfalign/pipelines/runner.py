@@ -18,6 +18,7 @@ from selfalign.core.errors import (
     PreemptedError,
     SelfalignError,
     StorageError,
+    StoreAwayError,
     UsageError,
 )
 from selfalign.core.identity import code_digest, file_digest
@@ -203,6 +204,9 @@ class Runner:
                 manifest = self.artifact(step).manifest() or self._execute(step)
                 check_inputs(manifest, self._input_digests(step))
                 step.stage.check(manifest)
+        except StoreAwayError:
+            # It would be waited for again; that this driver is gone is seen all the same.
+            raise
         except SelfalignError as error:
             # Asked to end, a step is no failure; it may even be done.
             ended: State = "waiting" if self.artifact(step).manifest() is None else "done"

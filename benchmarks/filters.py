@@ -18,7 +18,7 @@ from rich.table import Table
 from selfalign.core.errors import SelfalignError, UsageError
 from selfalign.core.records import Candidate, Dropped
 from selfalign.core.stage import Context
-from selfalign.stages.augment import AugmentConfig, Filter, FilterName
+from selfalign.stages.augment import AugmentConfig, Deduplicate, Filter, FilterName
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ def counts(rows: list[Candidate]) -> Counts:
 
 def _dropped(rows: list[Candidate], filters: tuple[FilterName, ...]) -> dict[str, str]:
     """Reasons by id."""
-    found = Filter(AugmentConfig(filters=filters)).run(rows, Context("filters", 0, {}))
+    config, context = AugmentConfig(filters=filters), Context("filters", 0, {})
+    filtered = list(Filter(config).open(context).run(rows))
+    left = [row for row in filtered if isinstance(row, Candidate)]
+    found = (*filtered, *Deduplicate(config=config).run(left, context))
     return {row.id: row.reason for row in found if isinstance(row, Dropped)}
 
 

@@ -26,7 +26,7 @@ from selfalign.data.config import CorpusConfig
 from selfalign.engines.config import ModelConfig
 from selfalign.pipelines.externals import Externals
 from selfalign.pipelines.runner import Runner, Silent
-from selfalign.stages.augment import AugmentConfig, Filter, Generate
+from selfalign.stages.augment import AugmentConfig, Deduplicate, Filter, Generate
 from selfalign.stages.curate.config import CurateConfig
 from selfalign.stages.curate.rate import Rate, Rater
 from selfalign.stages.curate.select import Select
@@ -74,9 +74,11 @@ def steps(folder: Path, workers: int = 2) -> list[Step]:
     read = step("prepare.read_corpus", ReadCorpus(corpus), rows=externals.source(corpus, "prepare.corpus"))
     picked = step("prepare.pick_corpus", PickCorpus(config=corpus), rows=read)
     generated = step("augment.generate", Generate(augment, model), rows=picked, model=base)
-    filtered = step("augment.filter", Filter(config=augment), rows=generated)
-    rated = step("curate.rate@1", Rate(rater), rows=filtered, model=base)
-    return [read, picked, generated, filtered, rated, step("curate.select@1", Select(config=curate), rows=rated)]
+    filtered = step("augment.filter", Filter(augment), rows=generated)
+    candidates = step("augment.deduplicate", Deduplicate(config=augment), rows=filtered)
+    rated = step("curate.rate@1", Rate(rater), rows=candidates, model=base)
+    selected = step("curate.select@1", Select(config=curate), rows=rated)
+    return [read, picked, generated, filtered, candidates, rated, selected]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,9 @@ def rated(n: int, rating: float | None) -> Rated:
     return Rated(**candidate(n), rating=rating, unrated=None if rating else "unparsed", rating_dist=dist)
 
 
+AUGMENTED = ("augment.generate", "augment.filter", "augment.deduplicate")
+
+
 @pytest.fixture
 def full(run: Run) -> Run:
     """A run with rows that stayed and rows that were dropped at every step."""
@@ -69,6 +72,7 @@ def full(run: Run) -> Run:
     made = [Candidate(**candidate(n)) for n in range(4)]
     run.add("augment.generate", record=Candidate, rows=[*made, rejected("d/9", "too_long", Candidate(**candidate(9)))])
     run.add("augment.filter", record=Candidate, rows=[*made[:3], rejected(made[3].id, "echo", made[3])])
+    run.add("augment.deduplicate", record=Candidate, rows=made[:3])
     crashed = quarantined("d/0000008", "crashed_worker", "its worker died 3 times while processing it")
     for k in (1, 2):
         run.add(f"curate.rate@{k}", record=Rated, rows=[rated(0, 4.5), rated(1, 2.0), rated(2, None), crashed])
@@ -81,7 +85,7 @@ def full(run: Run) -> Run:
     for what in ("seed", "corpus"):
         link(run, f"prepare.read_{what}", f"prepare.filter_{what}", f"prepare.pick_{what}")
     for k in (1, 2):
-        link(run, "augment.generate", "augment.filter", f"curate.rate@{k}", f"curate.select@{k}")
+        link(run, *AUGMENTED, f"curate.rate@{k}", f"curate.select@{k}")
     return run
 
 
@@ -158,7 +162,7 @@ def test_signals_and_probability_read_the_same_in_every_format_though_none_was_m
     rows[7] = replace(rows[7], probability=0.75)
     full.add("curate.rate@3", record=Rated, rows=rows)
     full.add("curate.select@3", record=Rated, rows=[rejected(row.id, "unmeasured", row) for row in rows[:7]] + rows[7:])
-    link(full, "augment.filter", "curate.rate@3", "curate.select@3")
+    link(full, "augment.deduplicate", "curate.rate@3", "curate.select@3")
     found = [write(full, tmp_path, "rated", format, round=3) for format in FORMATS]
     for each in found:
         by_id = {row["id"]: (row["signals"], row["probability"]) for row in each}
@@ -231,7 +235,15 @@ def test_curated_is_what_the_final_model_was_trained_on_unless_a_round_is_named(
 def test_an_arm_exports_its_own_steps_and_those_that_it_shares(full: Run, tmp_path: Path) -> None:
     full.add("curate.select@1", arm="loose", record=Rated, rows=[rated(0, 4.5), rated(1, 2.0)])
     full.add("evaluate.forward@1", arm="loose")
-    link(full, "augment.generate", "augment.filter", "curate.rate@1", "curate.select@1", arm="loose")
+    link(
+        full,
+        "augment.generate",
+        "augment.filter",
+        "augment.deduplicate",
+        "curate.rate@1",
+        "curate.select@1",
+        arm="loose",
+    )
     assert len(write(full, tmp_path, "curated", arm="loose")) == 2
     # run.json names these under the main arm alone.
     assert {row["id"] for row in write(full, tmp_path, "rated", arm="loose")} >= {"d/0000000", "d/0000008"}
@@ -242,20 +254,20 @@ def test_an_arm_exports_its_own_steps_and_those_that_it_shares(full: Run, tmp_pa
 
 def test_an_arm_that_keeps_all_has_curated_rows_and_no_rated_ones(full: Run, tmp_path: Path) -> None:
     full.add("curate.select@1", arm="all", record=Rated, rows=[rated(n, None) for n in range(3)])
-    link(full, "augment.generate", "augment.filter", "curate.select@1", arm="all")
+    link(full, *AUGMENTED, "curate.select@1", arm="all")
     assert len(write(full, tmp_path, "curated", arm="all")) == 3
     with pytest.raises(UsageError, match="rates none"):
         write(full, tmp_path, "rated", arm="all")
 
 
 def test_a_step_that_one_of_several_arms_has_is_not_guessed(full: Run, tmp_path: Path) -> None:
-    full.add("augment.filter", arm="one", record=Candidate, rows=[Candidate(**candidate(7))])
+    full.add("augment.deduplicate", arm="one", record=Candidate, rows=[Candidate(**candidate(7))])
     # It shares the candidates with the main arm or with the other one, and nothing in it says with which.
     full.add("forward.train@1", arm="two")
-    with pytest.raises(UsageError, match=r"shares augment\.filter with another one.*no --arm, --arm one"):
+    with pytest.raises(UsageError, match=r"shares augment\.deduplicate with another one.*no --arm, --arm one"):
         write(full, tmp_path, "candidates", arm="two")
     full.add("curate.select@1", arm="two", record=Rated)
-    link(full, "augment.filter", "curate.select@1", arm="two")
+    link(full, "augment.deduplicate", "curate.select@1", arm="two")
     assert len(write(full, tmp_path, "candidates", arm="two")) == 3
 
 
@@ -282,7 +294,7 @@ def test_an_existing_file_is_kept_unless_it_is_to_be_replaced(full: Run, tmp_pat
 
 
 def test_what_fails_half_way_leaves_nothing(full: Run, tmp_path: Path) -> None:
-    shard = full.view().step("augment.filter").artifact.shard(0)
+    shard = full.view().step("augment.deduplicate").artifact.shard(0)
     shard.write_bytes(shard.read_bytes()[:-20])
     (tmp_path / "out").mkdir()
     with pytest.raises(StorageError, match="is not what"):

@@ -69,7 +69,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_head_names_the_recipe_the_seed_and_what_came_of_it(page: str) -> None:
     text = Reader(page).text
     assert "seed 3 · model org/tiny · last step ended 20" in text
-    assert "complete, 22 steps" in text
+    assert "complete, 23 steps" in text
     assert "M1 answers 80.0% of 9 questions right, the base 20.0%: +60.0 points (95%: +50.0 to +70.0)." in text
     assert "6 documents → 3 selected pairs → 7 training rows" in text
 
@@ -92,14 +92,15 @@ def test_the_waterfall_counts_what_is_left_and_what_went_at_each_stage(run: Run)
         ("Documents drawn", 6),
         ("Instructions written", 6),
         ("Usable instructions", 6),
+        ("Different instructions", 6),
         ("Rated in round 1", 6),
         ("Selected", 2),
         ("Training rows of M1", 6),
     ]
     assert levels[1].dropped == (("not_json (quarantined)", 1),)
     assert levels[2].dropped == (("too_short", 2), ("x", 1))
-    assert levels[6].dropped == (("below_threshold", 4),)
-    assert levels[7].parts == (("curated", 2), ("seed", 4))
+    assert levels[7].dropped == (("below_threshold", 4),)
+    assert levels[8].parts == (("curated", 2), ("seed", 4))
 
 
 def test_what_has_no_rating_falls_out_before_what_is_rated_too_low(run: Run) -> None:
@@ -360,8 +361,8 @@ def test_of_many_sources_the_largest_are_drawn_and_the_others_summed(run: Run) -
     whole(run, "x", kept=6)
     common = {"prompt": "p", "completion": "c", "model": "m", "prompt_hash": "h", "finish": "stop"}
     rows = [Candidate(id=f"{n}", source=f"file{n % 20 if n < 20 else 0}", **common) for n in range(30)]
-    run.steps = [step for step in run.steps if step["name"] != "augment.filter"]
-    run.add("augment.filter", rows=rows, record=Candidate)
+    run.steps = [step for step in run.steps if step["name"] != "augment.deduplicate"]
+    run.add("augment.deduplicate", rows=rows, record=Candidate)
     text = read(run).text
     assert "of n = 30, from 20 sources; shown are the 12 largest." in text
     assert re.search(r"file0 11 0 0\.0%.* 8 others 8 0 0\.0%", text)
@@ -411,7 +412,9 @@ def test_a_run_that_stands_still_anywhere_is_shown_as_far_as_it_got(run: Run, do
     assert "This run is not complete" in read(run).text
 
 
-@pytest.mark.parametrize("name", ["curate.rate@1", "augment.filter", "evaluate.base", "backward.train", "recipe.json"])
+@pytest.mark.parametrize(
+    "name", ["curate.rate@1", "augment.deduplicate", "evaluate.base", "backward.train", "recipe.json"]
+)
 def test_a_run_without_a_step_is_shown(run: Run, name: str) -> None:
     whole(run, "x")
     run.steps = [step for step in run.steps if step["name"] != name]
@@ -449,12 +452,12 @@ def test_a_figure_of_one_row_has_no_interval(run: Run) -> None:
 
 def test_tables_of_another_version_are_read_by_the_columns_that_they_have(run: Run) -> None:
     rows = [SeedPair(id="d/0/0", source="s", prompt="old", completion="c")]
-    run.add("augment.filter", rows=rows, record=SeedPair)
+    run.add("augment.deduplicate", rows=rows, record=SeedPair)
     assert [row.texts[0] for row in Facts(run.view()).samples(5)["pairs"]] == [("Instruction", "old")]
 
 
 def test_a_damaged_shard_is_named(run: Run) -> None:
-    folder = whole(run, "x").store.artifact("augment.filter", f"{5:016x}").folder
+    folder = whole(run, "x").store.artifact("augment.deduplicate", f"{6:016x}").folder
     shard = folder / "shard-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-9])
     with pytest.raises(StorageError, match=r"shard-00000\.parquet is damaged"):
@@ -499,7 +502,7 @@ def test_no_id_stands_twice_and_every_reference_is_answered(page: str) -> None:
 def test_a_long_text_is_folded_and_a_huge_one_is_cut_with_word_of_it(run: Run) -> None:
     common = {"source": "s", "model": "m", "prompt_hash": "h", "finish": "stop"}
     row = Candidate(id="d/0", prompt="p" * 700, completion="c" * (FOLDED + 1234), **common)
-    run.add("augment.filter", rows=[row], record=Candidate)
+    run.add("augment.deduplicate", rows=[row], record=Candidate)
     text = read(run).text
     assert "220 more characters" in text
     assert "1,234 further characters are in the run folder." in text

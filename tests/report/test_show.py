@@ -60,7 +60,7 @@ def test_the_last_round_that_is_done_is_shown(run: Run) -> None:
 
 def test_pairs_are_those_that_the_filters_kept(run: Run) -> None:
     rows = [CANDIDATE, rejected("d/1", "empty", replace(CANDIDATE, id="d/1")), replace(CANDIDATE, id="d/2")]
-    run.add("augment.filter", rows=rows, record=Candidate)
+    run.add("augment.deduplicate", rows=rows, record=Candidate)
     assert ids(shown(run.view(), 5, 0, 0, 0), "pairs") == ["d/0", "d/2"]
     assert ids(shown(run.view(), 1, 0, 0, 0), "pairs") == ["d/0"]
 

@@ -50,7 +50,7 @@ def whole(
     log(run.add("backward.train"), [3.0, 1.0, 0.5])
     common = {"source": text, "model": maker, "prompt_hash": "h", "finish": "stop"}
     made = [Candidate(id=f"{id}/0", prompt=f"{text} {id}", completion=text, parents=(id,), **common) for id in ids]
-    for name in ("augment.generate", "augment.filter"):
+    for name in ("augment.generate", "augment.filter", "augment.deduplicate"):
         run.add(name, rows=made, record=Candidate, ledger={"in": rows, "kept": rows})
     _calibrate(run, text, rater)
     _curate(run, text, made, kept, common, rater)

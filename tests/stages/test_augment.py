@@ -12,7 +12,7 @@ from selfalign.core.protocols import Reply
 from selfalign.core.records import Candidate, Document, Dropped
 from selfalign.core.stage import Context
 from selfalign.engines.config import ModelConfig
-from selfalign.stages.augment import AugmentConfig, Filter, FilterName, Generate
+from selfalign.stages.augment import AugmentConfig, Deduplicate, Filter, Generate
 from stages.conftest import FakeEngine, Stored
 
 Seen = Callable[..., Context]
@@ -104,11 +104,21 @@ def template(tmp_path: Path) -> str:
 BAD_IN_ORDER = ("empty", "refusal", "preamble", "over_long", "echo", "copy", "language")
 
 
+def found_in(rows: list[Candidate], config: AugmentConfig) -> dict[str, str]:
+    """Why rows were dropped, by id, row by row and then among those that are left."""
+    context = Context("s", 0, {})
+    filtered = list(Filter(config).open(context).run(rows))
+    left = [row for row in filtered if isinstance(row, Candidate)]
+    deduplicated = list(Deduplicate(config=config).run(left, context))
+    assert [row.id for row in filtered] == [row.id for row in rows]
+    assert [row.id for row in deduplicated] == [row.id for row in left]
+    return {row.id: row.reason for row in (*filtered, *deduplicated) if isinstance(row, Dropped)}
+
+
 def reasons(rows: list[Candidate], template: str, **config: object) -> list[str | None]:
     settings = AugmentConfig(prompt_file=template, max_chars=100, **config)
-    found = list(Filter(config=settings).run(rows, Context("s", 0, {})))
-    assert [row.id for row in found] == [row.id for row in rows]
-    return [row.reason if isinstance(row, Dropped) else None for row in found]
+    found = found_in(rows, settings)
+    return [found.get(row.id) for row in rows]
 
 
 def test_a_good_instruction_passes_every_filter(template: str) -> None:
@@ -157,11 +167,6 @@ def test_a_row_that_was_dropped_makes_no_other_a_duplicate(template: str) -> Non
     assert reasons([cut, replace(GOOD, id="d/1", prompt="Why?")], template) == ["over_long", None]
 
 
-def found_in(rows: list[Candidate], filters: tuple[FilterName, ...]) -> dict[str, str]:
-    outcomes = Filter(config=AugmentConfig(filters=filters)).run(rows, Context("s", 0, {}))
-    return {row.id: row.reason for row in outcomes if isinstance(row, Dropped)}
-
-
 def test_of_150_real_generated_instructions_one_copy_is_dropped_and_no_fault_is_left(real_data: Path) -> None:
     recorded = json.loads((real_data / "lima" / "rated_150.json").read_text("utf-8"))
     rows = [
@@ -169,11 +174,11 @@ def test_of_150_real_generated_instructions_one_copy_is_dropped_and_no_fault_is_
         for n, row in enumerate(recorded)
     ]
     filters = AugmentConfig().filters
-    before = {name: list(found_in(rows, (name,))) for name in filters}
+    before = {name: list(found_in(rows, AugmentConfig(filters=(name,)))) for name in filters}
     assert before == {name: ["67"] if name == "copy" else [] for name in filters}
-    assert found_in(rows, filters) == {"67": "copy"}
+    assert found_in(rows, AugmentConfig()) == {"67": "copy"}
     kept = [row for row in rows if row.id != "67"]
-    assert all(found_in(kept, (name,)) == {} for name in filters)
+    assert all(found_in(kept, AugmentConfig(filters=(name,))) == {} for name in filters)
 
 
 def test_of_668_real_instructions_that_a_chat_model_wrote_half_are_dropped(real_data: Path) -> None:
@@ -181,7 +186,7 @@ def test_of_668_real_instructions_that_a_chat_model_wrote_half_are_dropped(real_
     made = [row["instruction"].strip() for row in map(json.loads, lines) if "most_similar" in row]
     rows = [replace(GOOD, id=str(n), prompt=text, completion="") for n, text in enumerate(made)]
     filters = AugmentConfig().filters
-    dropped = found_in(rows, filters)
+    dropped = found_in(rows, AugmentConfig())
     assert (len(rows), Counter(dropped.values())) == (668, {"refusal": 2, "preamble": 201, "duplicate": 131})
     kept = [row for row in rows if row.id not in dropped]
-    assert all(found_in(kept, (name,)) == {} for name in filters)
+    assert all(found_in(kept, AugmentConfig(filters=(name,))) == {} for name in filters)

@@ -10,7 +10,7 @@ from selfalign.data.config import SourceConfig
 from selfalign.engines.config import ModelConfig
 from selfalign.pipelines.externals import Externals
 from selfalign.recipe import Loaded, Recipe
-from selfalign.stages.augment import Filter, Generate
+from selfalign.stages.augment import Deduplicate, Filter, Generate
 from selfalign.stages.compose import ComposeBackward, ComposeForward
 from selfalign.stages.curate.agree import Agree
 from selfalign.stages.curate.calibrate import Calibrate
@@ -135,7 +135,8 @@ class _Arm:
         backward = self.backward()
         generate = Generate(recipe.augment, self.base.config)
         augmented = self.add("augment.generate", generate, {"rows": self.corpus, **backward.inputs})
-        self.filtered = self.add("augment.filter", Filter(config=recipe.augment), {"rows": augmented})
+        filtered = self.add("augment.filter", Filter(recipe.augment), {"rows": augmented})
+        self.candidates = self.add("augment.deduplicate", Deduplicate(config=recipe.augment), {"rows": filtered})
         self.measured_base = self.evaluate("evaluate.base", self.base, "forward", {})
         model = self.base
         before: Step | None = None
@@ -186,7 +187,7 @@ class _Arm:
         # A round begins where the one before did not stop.
         after = (before,) if before is not None and recipe.evaluate.min_gain is not None and k > 1 else ()
         if recipe.curate.keep == "all":
-            inputs = {"rows": self.filtered, **self.match("curate.select", recipe.curate.match_size, k)}
+            inputs = {"rows": self.candidates, **self.match("curate.select", recipe.curate.match_size, k)}
             selected = self.add(f"curate.select@{k}", KeepAll(), inputs, after)
         else:
             selected = self.curate(k, previous, after)
@@ -206,7 +207,7 @@ class _Arm:
         planted = self.add("curate.plant", PlantPairs(config=config), {"rows": self.seed})
         tested = {"rows": planted, **model.inputs}
         gate = self.add(f"curate.calibrate@{k}", Calibrate(config, rater), tested, after)
-        rated = self.add(f"curate.rate@{k}", Rate(rater), {"rows": self.filtered, **model.inputs}, (gate,))
+        rated = self.add(f"curate.rate@{k}", Rate(rater), {"rows": self.candidates, **model.inputs}, (gate,))
         if config.injections:
             self.add(f"curate.inject@{k}", Inject(config, rater), {**tested, "calibration": gate})
         if config.agreement is not None:

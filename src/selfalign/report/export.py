@@ -45,7 +45,7 @@ _CURATE = ("curate.rate", "curate.select")
 STAGES: Mapping[StageName, _Stage] = {
     "corpus": _Stage(Document, ("prepare.read_corpus", "prepare.filter_corpus", "prepare.pick_corpus")),
     "prepared": _Stage(SeedPair, ("prepare.read_seed", "prepare.filter_seed", "prepare.pick_seed")),
-    "candidates": _Stage(Candidate, ("augment.generate", "augment.filter")),
+    "candidates": _Stage(Candidate, ("augment.generate", "augment.filter", "augment.deduplicate")),
     "rated": _Stage(Rated, _CURATE, in_rounds=True, dropped=True),
     "curated": _Stage(Rated, _CURATE, in_rounds=True),
 }

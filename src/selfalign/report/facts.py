@@ -159,6 +159,7 @@ class Facts:
             ("prepare.pick_corpus", "Documents drawn"),
             ("augment.generate", "Instructions written"),
             ("augment.filter", "Usable instructions"),
+            ("augment.deduplicate", "Different instructions"),
         ):
             if step := self.finished(name):
                 found.append(Level(label, count(step, "kept"), dropped=drops(step)))
@@ -264,7 +265,7 @@ class Facts:
         """
         groups = (
             ("Seed", self.finished("prepare.pick_seed")),
-            ("Candidates", self.finished("augment.filter")),
+            ("Candidates", self.finished("augment.deduplicate")),
             ("Curated", self.finished(f"curate.select@{self.round}")),
         )
         found = {name: _lengths_in(step, column) for name, step in groups if step}
@@ -276,7 +277,7 @@ class Facts:
 
     def sources(self) -> list[tuple[str, int, int]]:
         """Each source's candidates and how many of them were kept, the largest first."""
-        before, after = self.finished("augment.filter"), self.finished(f"curate.select@{self.round}")
+        before, after = self.finished("augment.deduplicate"), self.finished(f"curate.select@{self.round}")
         if before is None or after is None:
             return []
         had, has = _by_source(before), _by_source(after)

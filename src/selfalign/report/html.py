@@ -177,7 +177,7 @@ def samples(facts: Facts) -> list[tuple[str, str, list[Sample], str]]:
     """(id, title, rows, what is missing) of each kind of rows to read."""
     found = facts.samples(SAMPLES)
     groups = (
-        ("pairs", "Generated pairs", "augment.filter"),
+        ("pairs", "Generated pairs", "augment.deduplicate"),
         ("high", "Rated highest", f"curate.rate@{facts.round}"),
         ("low", "Rated lowest", f"curate.rate@{facts.round}"),
         ("responses", "Replies of the final model", f"evaluate.forward@{facts.round}"),

@@ -76,6 +76,7 @@ def data(facts: Facts) -> Section:
         "prepare.pick_corpus",
         "augment.generate",
         "augment.filter",
+        "augment.deduplicate",
         *(f"{name}@{facts.round}" for name in ("curate.rate", "curate.select", "forward.compose", "forward.train")),
     ]
     rows = [

@@ -35,7 +35,7 @@ def shown(run: RunView, pairs: int, high: int, low: int, responses: int) -> dict
 
 def generated(run: RunView, n: int) -> list[Row]:
     """The first `n` pairs that the filters kept."""
-    step, found = run.step("augment.filter"), list[Row]()
+    step, found = run.step("augment.deduplicate"), list[Row]()
     for batch in batches(step, _COLUMNS, size=max(n, 1)) if step else ():
         found += batch.to_pylist()
         if len(found) >= n:

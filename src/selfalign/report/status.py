@@ -123,7 +123,8 @@ def _curation(run: RunView) -> dict[str, JsonValue]:
 
 def ledgers(run: RunView) -> dict[str, JsonValue]:
     """What became of the generated pairs: filtered, and selected in the last round that selected any."""
-    steps = [run.step("augment.filter"), *run.rounds("curate.select", failed=True)[-1:]]
+    augmented = (run.step("augment.filter"), run.step("augment.deduplicate"))
+    steps = [*augmented, *run.rounds("curate.select", failed=True)[-1:]]
     keys = ("in", "kept", "rejected", "quarantined")
     return {step.name: {key: _step(step)[key] for key in keys} for step in steps if step and step.finished}
 

@@ -103,8 +103,8 @@ class Generate(MapStage):
 
 
 @dataclass(frozen=True)
-class Filter(WholeStage):
-    """Drop instructions that cannot be good, each with its reason. Of duplicates (by 64-bit hashes) the first stays."""
+class Filter(MapStage):
+    """Drop instructions that cannot be good, each with its reason, for all that a pair tells by itself."""
 
     name: ClassVar[str] = "augment.filter"
     record: ClassVar[type[Record]] = Candidate
@@ -118,19 +118,20 @@ class Filter(WholeStage):
 
     def settings(self) -> Settings:
         return {
-            "filters": [*sorted(self.config.filters)],
+            "filters": [name for name in sorted(self.config.filters) if name != "duplicate"],
             "max_chars": self.config.max_chars,
             "prompt": self.prompt,
         }
 
-    def run(self, rows: Rows[Candidate], context: Context) -> Iterable[Outcome]:
+    def open(self, context: Context) -> Process:
         template = self.prompt
-        seen = Keys()
-        for row in rows:
-            reason = self._reason(row, template)
-            if reason is None and "duplicate" in self.config.filters:
-                reason = None if seen.add(key_of(normalised(row.prompt))) else "duplicate"
-            yield rejected(row.id, reason, row) if reason else row
+
+        def run(rows: Sequence[Candidate]) -> Iterable[Outcome]:
+            for row in rows:
+                reason = self._reason(row, template)
+                yield rejected(row.id, reason, row) if reason else row
+
+        return Process(run)
 
     def _reason(self, row: Candidate, template: str) -> str | None:
         # The first reason is the one that is told, so what says most comes first: a refusal may be over-long too, and
@@ -149,3 +150,22 @@ class Filter(WholeStage):
     def check(self, manifest: Manifest) -> None:
         if not manifest.ledger["kept"]:
             raise GateError(f"augmentation: none of the generated instructions is usable; {dropped(manifest)}")
+
+
+@dataclass(frozen=True)
+class Deduplicate(WholeStage):
+    """Of instructions that are equal but for case, spacing and final punctuation (by 64-bit hashes) the first stays."""
+
+    name: ClassVar[str] = "augment.deduplicate"
+    record: ClassVar[type[Record]] = Candidate
+    output: ClassVar[type[Record]] = Candidate
+    config: AugmentConfig
+
+    def settings(self) -> Settings:
+        return {"drops": "duplicate" in self.config.filters}
+
+    def run(self, rows: Rows[Candidate], context: Context) -> Iterable[Outcome]:
+        seen = Keys()
+        for row in rows:
+            same = "duplicate" in self.config.filters and not seen.add(key_of(normalised(row.prompt)))
+            yield rejected(row.id, "duplicate", row) if same else row

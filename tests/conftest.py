@@ -58,13 +58,13 @@ def s3(_s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]
 @pytest.fixture
 def impatient(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Clients of the object store give up at once."""
-    from s3fs import S3FileSystem
+    from selfalign.core.objects import Client
 
     # A client keeps the patience that it was made with.
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    S3FileSystem.clear_instance_cache()
+    Client.clear_instance_cache()
     yield
-    S3FileSystem.clear_instance_cache()
+    Client.clear_instance_cache()
 
 
 @pytest.fixture(params=["disk", "s3"])

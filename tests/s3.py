@@ -1,4 +1,4 @@
-"""A real S3 API of this process, on loopback. It can be away, refuse, or break off in the middle of an answer."""
+"""A real S3 API of this process, on loopback. It can be away, refuse, forget, or break off in mid-answer."""
 
 import itertools
 import socket
@@ -15,7 +15,14 @@ from werkzeug.serving import BaseWSGIServer, make_server
 from selfalign.core.locations import Location, located
 
 BUCKET = "runs"
-Fault = Literal["none", "closed", "unavailable", "broken"]
+Fault = Literal["none", "closed", "unavailable", "broken", "forbidden", "conflict", "taken", "forgetful"]
+# As AWS answers, and for the name that is taken, as others do.
+ANSWERS: Mapping[Fault, tuple[str, str, str]] = {
+    "unavailable": ("503 Service Unavailable", "ServiceUnavailable", "Come back later"),
+    "forbidden": ("403 Forbidden", "AccessDenied", "Access Denied"),
+    "conflict": ("409 Conflict", "ConditionalRequestConflict", "A conflicting operation is under way"),
+    "taken": ("412 Precondition Failed", "412", "Precondition Failed"),
+}
 
 
 class _Quiet(MotoRequestHandler):
@@ -23,9 +30,10 @@ class _Quiet(MotoRequestHandler):
 
 
 class S3:
-    """`fault`: none | closed (no answer) | unavailable (503) | broken (does as it is told, and sends half an answer).
+    """`fault`: none | closed (no answer) | broken (does as it is told, and sends half an answer) | forgetful (writes
+    over what it is told to leave) | what it answers (`ANSWERS`) instead of doing as it is told.
 
-    It sets in after `after` more requests, and lasts for `lasts` of them.
+    It sets in after `after` more requests, and lasts for `lasts` of them. `asked` counts all requests.
     """
 
     def __init__(self) -> None:
@@ -35,6 +43,7 @@ class S3:
         self._numbers = itertools.count()
         self._server: BaseWSGIServer | None = None
         self.port = 0
+        self.asked = 0
         self.mend()
         self.open()
         self._backend.create_bucket(BUCKET, "us-east-1")
@@ -83,15 +92,19 @@ class S3:
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
         with self._one_at_a_time:
+            self.asked += 1
             fault = self._next_fault()
-            if fault == "unavailable":
-                body = b"<Error><Code>ServiceUnavailable</Code><Message>Come back later</Message></Error>"
-                start_response("503 Service Unavailable", [("Content-Length", str(len(body)))])
-                return [body]
+            if fault in ANSWERS:
+                status, code, message = ANSWERS[fault]
+                body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+                start_response(status, [("Content-Length", str(len(body)))])
+                return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
             if fault == "closed":
                 return self._hang_up(environ)
+            if fault == "forgetful":
+                environ.pop("HTTP_IF_NONE_MATCH", None)
             answer = self._app(environ, start_response)
-            if fault == "none":
+            if fault != "broken":
                 return answer
             body = b"".join(answer)
             environ["werkzeug.socket"].sendall(

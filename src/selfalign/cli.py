@@ -214,7 +214,8 @@ def gc(arguments: Arguments) -> int:
     A run's folder keeps the artifacts of every setting that was tried in it, and its run.json names the steps of the
     last `run` alone: what only earlier settings made goes, and would be computed again. So do drafts and temporary
     files of dead writers, and journals of complete shards. Nothing else in the folder is touched, and nothing while
-    somebody works on the run (exit 4).
+    somebody works on the run (exit 4). Of a run in an object store this machine's copies and drafts go; its objects
+    stay.
     """
     from selfalign.pipelines.gc import collect
 

@@ -1,19 +1,21 @@
 """What holds wherever a run folder lies: one commit a name, whole or not at all."""
 
+import os
+import pickle
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from botocore.exceptions import ClientError
 
 from s3 import S3, Fault
 from selfalign.core import locations
-from selfalign.core.errors import ServiceError, StorageError, UsageError
+from selfalign.core.errors import StorageError, StoreAwayError, UsageError
 from selfalign.core.identity import file_digest
 from selfalign.core.locations import (
     Location,
+    check_commits,
     commit,
     commit_folder,
     entries,
@@ -35,11 +37,22 @@ print(*(int(commit(folder / f"shard-{n}", sys.argv[2].encode() * 5000)) for n in
 """
 
 
-def caused(answer: dict[str, dict[str, str]]) -> OSError:
-    """What the client makes of an answer that it has no word for."""
-    error = OSError(22, "Invalid argument")
-    error.__cause__ = ClientError(answer, "PutObject")  # type: ignore[arg-type]
-    return error
+# What the function named does with the path that it is given by pickle.
+WORKER = """
+import pickle, sys
+from selfalign.core import locations
+name, given = pickle.load(sys.stdin.buffer)
+try:
+    print(getattr(locations, name)(*given))
+except locations.SelfalignError as error:
+    print(error)
+"""
+
+
+def worked(name: str, *given: object) -> str:
+    """What a process says that is new."""
+    command = [sys.executable, "-c", WORKER]
+    return subprocess.run(command, input=pickle.dumps((name, given)), capture_output=True, check=True).stdout.decode()
 
 
 def draft_of(folder: Path, *, files: int = 3, text: str = "x") -> Path:
@@ -180,6 +193,24 @@ def test_a_copy_is_used_again_and_one_of_other_bytes_is_refused(s3: S3) -> None:
     assert (fetched(folder, digests(folder)) / "file-0").read_text() == "other"
 
 
+def test_a_copy_is_compared_once_a_process_and_made_anew_where_it_is_damaged(
+    s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = s3.folder() / "files"
+    commit_folder(draft_of(scratch(folder) / "draft"), folder)
+    wanted = digests(folder)
+    copy = fetched(folder, wanted)
+    (copy / "file-0").write_text("X 0")
+    with monkeypatch.context() as patch:
+        patch.delattr(locations, "file_digest")
+        assert fetched(folder, wanted) == copy
+    assert worked("fetched", folder, wanted) == f"{copy}\n"
+    assert digests(copy) == wanted
+    before = s3.asked
+    assert worked("fetched", folder, wanted) == f"{copy}\n"
+    assert s3.asked == before
+
+
 def test_of_many_who_want_a_copy_at_once_all_have_it(s3: S3) -> None:
     folder = s3.folder() / "files"
     commit_folder(draft_of(scratch(folder) / "draft"), folder)
@@ -199,9 +230,17 @@ def test_scratch_that_belongs_to_somebody_else_is_refused(s3: S3, monkeypatch: p
         scratch(s3.folder())
 
 
-def test_a_scheme_that_is_unknown_is_told() -> None:
-    with pytest.raises(UsageError, match="nosuch://x/y: nosuch:// cannot be used here"):
-        located("nosuch://x/y")
+@pytest.mark.parametrize("scheme", ["nosuch", "memory", "hf", "https", "gs"])
+def test_where_no_name_can_be_committed_once_no_run_is_taken(scheme: str) -> None:
+    with pytest.raises(UsageError, match=f"{scheme}://x/y: name a folder, or s3://BUCKET/FOLDER; .* {scheme}://"):
+        located(f"{scheme}://x/y")
+
+
+def test_a_client_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules, "selfalign.core.objects", raising=False)
+    with pytest.raises(UsageError, match=r"s3://runs/x needs the extra `s3`: .*pip install -e '\.\[s3\]'"):
+        located("s3://runs/x")
 
 
 def test_a_plain_name_is_a_path() -> None:
@@ -234,8 +273,9 @@ def test_a_store_that_cannot_be_reached_is_told_whatever_one_wants_of_it(s3: S3,
         lambda: entries(folder, "*"),
         lambda: files_in(folder),
         lambda: fetched(folder, {"there": "0" * 64}),
+        lambda: check_commits(folder),
     ):
-        with pytest.raises(ServiceError, match=r"the object store cannot be reached: .*; run again"):
+        with pytest.raises(StoreAwayError, match=r"the object store cannot be reached: .*; run again"):
             act()
     assert draft.exists()
 
@@ -251,21 +291,121 @@ def test_a_store_that_is_back_soon_is_waited_for(s3: S3, fault: Fault) -> None:
         assert read(folder / "there") == b"x"
 
 
+@pytest.mark.parametrize("fault", ["closed", "unavailable"])
+def test_a_store_that_is_away_is_asked_as_often_as_botocore_is_told_in_workers_too(
+    s3: S3, impatient: None, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    path = s3.folder() / "there"
+    commit(path, b"x")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
+    assert worked("read", path) == "b'x'\n"
+    s3.fail(fault)
+    before = s3.asked
+    assert "s3://runs" in worked("read", path)
+    # Where no answer comes, the client's own client may ask at once a second time.
+    assert 3 <= s3.asked - before <= (6 if fault == "closed" else 3)
+
+
+@pytest.mark.parametrize(("fault", "why"), [("forbidden", "(Access Denied|Forbidden)"), ("none", ".*credentials")])
+def test_what_a_store_refuses_is_the_users_to_set_whatever_one_wants_of_it(
+    s3: S3, impatient: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault, why: str
+) -> None:
+    if fault == "none":
+        # No keys, wherever a client looks for them.
+        for name, value in {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}.items():
+            monkeypatch.setenv(name, value)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+    folder = s3.folder()
+    draft = draft_of(tmp_path / "draft")
+    s3.fail(fault)
+    for act in (
+        lambda: commit(folder / "new", b"y"),
+        lambda: commit_folder(draft, folder / "files"),
+        lambda: replace(folder / "there", b"y"),
+        lambda: remove(folder),
+        lambda: read(folder / "there"),
+        lambda: entries(folder, "*"),
+        lambda: files_in(folder),
+        lambda: fetched(folder, {"there": "0" * 64}),
+    ):
+        with pytest.raises(UsageError, match=f"the object store refuses: s3://runs/.*: {why}.*AWS_ACCESS_KEY_ID"):
+            act()
+    assert draft.exists()
+
+
+SETTINGS = {
+    "AWS_PROFILE": ("nobody", r"profile \(nobody\) could not be found"),
+    "AWS_SECRET_ACCESS_KEY": ("", "Partial credentials found"),
+    "AWS_ENDPOINT_URL": ("here", "Invalid endpoint: here"),
+}
+
+
+@pytest.mark.parametrize("variable", SETTINGS)
+def test_settings_that_no_client_can_be_made_of_are_told_at_once(
+    s3: S3, impatient: None, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    value, why = SETTINGS[variable]
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UsageError, match=f"{why}.*{variable}"):
+        located("s3://runs/x")
+
+
 def test_a_bucket_that_is_not_there_is_no_outage(s3: S3) -> None:
-    with pytest.raises(StorageError, match="cannot write s3://nobodys/run/shard"):
-        commit(located("s3://nobodys/run/shard"), b"x")
+    for act in (lambda path: commit(path, b"x"), lambda path: replace(path, b"x")):
+        with pytest.raises(UsageError, match="s3://nobodys/run/shard: The specified bucket does not exist"):
+            act(located("s3://nobodys/run/shard"))
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        FileExistsError("At least one of the pre-conditions you specified did not hold"),
-        caused({"Error": {"Code": "PreconditionFailed"}}),
-        caused({"Error": {"Code": "412", "Message": "Precondition Failed"}}),
-    ],
-    ids=["AWS", "with a code", "with a number"],
-)
-def test_a_name_that_is_taken_is_known_in_the_words_of_any_store(error: OSError) -> None:
-    assert locations._is_taken(error)
-    assert not locations._is_taken(caused({"Error": {"Code": "SlowDown"}}))
-    assert not locations._is_taken(OSError(28, "full"))
+def test_a_write_that_meets_another_is_tried_again(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = s3.folder()
+    s3.fail("conflict", lasts=2)
+    assert commit(folder / "shard", b"mine") is True
+    s3.fail("conflict", lasts=1)
+    assert commit_folder(draft_of(scratch(folder) / "draft"), folder / "files") is True
+    monkeypatch.setattr(locations, "_CONFLICTS", 2)
+    s3.fail("conflict", lasts=2)
+    with pytest.raises(StoreAwayError, match="conflicting operation"):
+        commit(folder / "other", b"mine")
+
+
+def test_a_name_that_is_taken_is_known_in_the_words_of_any_store(s3: S3) -> None:
+    path = s3.folder() / "shard"
+    commit(path, b"first")
+    s3.fail("taken", lasts=1)
+    assert commit(path, b"second") is False
+    assert read(path) == b"first"
+
+
+def test_a_name_that_was_taken_and_is_gone_was_somebody_elses(s3: S3) -> None:
+    folder = s3.folder()
+    s3.fail("taken", lasts=1)
+    assert commit(folder / "shard", b"mine") is False
+    s3.fail("taken", lasts=1)
+    assert commit_folder(draft_of(scratch(folder) / "draft"), folder / "files") is False
+    assert files_in(folder) == []
+
+
+def test_a_link_that_was_made_though_its_answer_was_lost_is_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def asked_twice(draft: Path, path: Path) -> None:
+        link(draft, path)
+        link(draft, path)
+
+    monkeypatch.setattr(os, "link", asked_twice)
+    assert commit(tmp_path / "shard", b"mine") is True
+    assert commit(tmp_path / "shard", b"theirs") is False
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+
+
+def test_a_store_that_writes_over_what_is_there_is_refused(s3: S3, tmp_path: Path) -> None:
+    for folder in (tmp_path, s3.folder()):
+        check_commits(folder)
+        assert files_in(folder) == []
+    s3.fail("forgetful")
+    with pytest.raises(UsageError, match=f"the object store of {folder} ignores the condition of a write"):
+        check_commits(folder)
+    assert files_in(folder) == []

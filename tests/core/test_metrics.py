@@ -7,7 +7,7 @@ import pytest
 
 from s3 import S3
 from selfalign.core import metrics as module
-from selfalign.core.errors import ServiceError
+from selfalign.core.errors import ServiceError, StoreAwayError
 from selfalign.core.locations import Location, entries, files_in
 from selfalign.core.metrics import Measurements, read_measurements
 
@@ -56,6 +56,15 @@ def test_in_an_object_store_lines_wait_for_company_but_not_for_long(s3: S3, monk
         measured.add({"step": 50})
         assert len(entries(folder, "metrics-*.jsonl")) == 1
     assert [line["step"] for line in read_measurements(folder)] == list(range(51))
+
+
+def test_a_store_that_was_away_is_not_asked_again_on_the_way_out(s3: S3) -> None:
+    folder = s3.folder()
+    before = s3.asked
+    with pytest.raises(StoreAwayError), Measurements(folder) as measured:  # noqa: PT012
+        measured.add({"step": 1})
+        raise StoreAwayError("it cannot be reached")
+    assert s3.asked == before
 
 
 def test_a_store_that_is_away_is_told(s3: S3, impatient: None) -> None:

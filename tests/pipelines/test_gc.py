@@ -14,7 +14,9 @@ import pytest
 from s3 import S3
 from selfalign.cli import main
 from selfalign.core.errors import LeaseHeldError, StorageError, UsageError
+from selfalign.core.identity import file_digest
 from selfalign.core.lease import Owner, presence
+from selfalign.core.locations import Location, commit, fetched, files_in, scratch
 from selfalign.pipelines.gc import collect
 
 NAMED, STALE, BUILD = "curate.rate-" + "a" * 16, "curate.rate-" + "b" * 16, "train-" + "c" * 16
@@ -31,7 +33,7 @@ def root(tmp_path: Path) -> Path:
         root, {"run.json": json.dumps({"steps": steps}), "recipe.json": "{}", "pinned.json": "{}", "digests.json": "{}"}
     )
     for name in (NAMED, STALE):
-        shard = {f"{kind}-00000.{end}": kind for kind, end in (("shard", "parquet"), ("journal", "json"))}
+        shard = {"shard-00000.parquet": "shard", "journal-00000/0123456789ab.json": "journal"}
         fill(root / "artifacts" / name, {**shard, "metrics.jsonl": "{}", "manifest.json": "{}"})
     return root
 
@@ -51,8 +53,8 @@ def test_artifacts_that_no_step_names_go_and_those_it_names_stay(root: Path) -> 
     before = tree(root)
     removed = list(collect(root))
     stale = {name for name in before if STALE in name}
-    assert before - tree(root) == stale | {f"artifacts/{NAMED}/journal-00000.json"}
-    assert {garbage.path.name for garbage in removed} == {STALE, "journal-00000.json"}
+    assert before - tree(root) == stale | {f"artifacts/{NAMED}/journal-00000/0123456789ab.json"}
+    assert {garbage.path.name for garbage in removed} == {STALE, "journal-00000"}
     assert next(g for g in removed if g.path.name == STALE).size == len("shard" + "journal" + "{}" + "{}")
     assert list(collect(root)) == []
 
@@ -84,11 +86,10 @@ def test_what_dead_writers_left_goes(root: Path) -> None:
 
 def test_shards_and_journals_of_an_unfinished_map_stay(root: Path) -> None:
     (root / "artifacts" / NAMED / "manifest.json").unlink()
-    fill(root / "artifacts" / NAMED, {"journal-00001.json": "in flight"})
+    fill(root / "artifacts" / NAMED, {"journal-00001/0123456789ab.json": "in flight"})
     list(collect(root))
-    assert {name for name in tree(root) if NAMED in name} == {
-        f"artifacts/{NAMED}/{name}" for name in ("shard-00000.parquet", "journal-00001.json", "metrics.jsonl")
-    }
+    stays = ("shard-00000.parquet", "journal-00001/0123456789ab.json", "metrics.jsonl")
+    assert {name for name in tree(root) if NAMED in name} == {f"artifacts/{NAMED}/{name}" for name in stays}
 
 
 def test_checkpoints_of_an_unfinished_build_stay(root: Path) -> None:
@@ -146,9 +147,51 @@ def test_a_run_folder_may_itself_be_a_link(root: Path, tmp_path: Path) -> None:
     assert not (root / "artifacts" / STALE).exists()
 
 
-def test_a_run_in_an_object_store_is_refused(s3: S3, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["gc", str(s3.folder())]) == 2
-    assert "lies in an object store, where lifecycle rules remove what is old" in capsys.readouterr().err
+@pytest.fixture
+def stored(s3: S3) -> Location:
+    """A run in an object store, of whose model this machine has a copy and a draft."""
+    root = s3.folder()
+    commit(root / "run.json", json.dumps({"steps": [{"name": "forward.train@1", "artifact": BUILD}]}).encode())
+    files = root / "artifacts" / BUILD / "files"
+    commit(files / "weights", b"whole")
+    fetched(files, {"weights": file_digest(files / "weights")})
+    fill(scratch(root / "artifacts" / BUILD), {f"draft-{HEX}/weights": "half"})
+    fill(scratch(root / "artifacts" / STALE), {f"draft-{HEX}/weights": "half"})
+    fill(scratch(root), {"notes.txt": "mine", "artifacts/my-model/weights": "mine"})
+    return root
+
+
+def test_of_a_run_in_an_object_store_what_this_machine_has_of_it_goes(
+    stored: Location, caplog: pytest.LogCaptureFixture
+) -> None:
+    objects, here = files_in(stored), tree(scratch(stored))
+    told = list(collect(stored, dry_run=True))
+    assert tree(scratch(stored)) == here
+    assert list(collect(stored)) == told
+    assert sorted(garbage.path.name for garbage in told) == sorted([BUILD, STALE])
+    assert sum(garbage.size for garbage in told) == len("whole" + "half" + "half")
+    assert tree(scratch(stored)) == {"notes.txt", "artifacts/my-model/weights"}
+    assert files_in(stored) == objects
+    assert "its objects stay" in caplog.text
+    assert "A lifecycle rule by age would take what runs need" in caplog.text
+
+
+def test_nothing_of_a_run_in_an_object_store_goes_while_a_driver_is_alive(stored: Location) -> None:
+    here = tree(scratch(stored))
+    with presence(stored / "drivers", print), pytest.raises(LeaseHeldError, match="somebody works on s3://"):
+        list(collect(stored))
+    assert tree(scratch(stored)) == here
+
+
+def test_copies_stay_while_somebody_builds_with_them(stored: Location) -> None:
+    holder = Owner("another-host", 1, "0", HEX)
+    commit(stored / "artifacts" / BUILD / "lease-000001.json", json.dumps(asdict(holder)).encode())
+    assert [garbage.path.name for garbage in collect(stored)] == [STALE]
+
+
+def test_a_bucket_is_no_run_of_which_anything_could_go(s3: S3, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gc", str(s3.folder().parent)]) == 2
+    assert "holds no run" in capsys.readouterr().err
 
 
 def test_artifacts_on_another_disk_are_refused(root: Path, tmp_path: Path) -> None:
@@ -178,7 +221,7 @@ def test_what_a_run_that_began_and_ended_meanwhile_names_stays(root: Path) -> No
     later = "curate.rate-" + "d" * 16
     fill(root / "artifacts" / later, {"manifest.json": "{}"})
     removing = collect(root)
-    assert next(removing).path.name == "journal-00000.json"
+    assert next(removing).path.name == "journal-00000"
     assert next(removing).path.name == STALE
     with presence(root / "drivers", print):
         fill(root, {"run.json": json.dumps({"steps": [{"artifact": later}]})})
@@ -203,7 +246,7 @@ def test_a_driver_that_begins_during_a_removal_finds_the_artifact_whole_or_not_a
     remove = shutil.rmtree
 
     def slowly(path: Path) -> None:
-        assert not (root / "artifacts" / STALE).exists()
+        assert STALE not in path.name or not (root / "artifacts" / STALE).exists()
         remove(path)
 
     monkeypatch.setattr(shutil, "rmtree", slowly)
@@ -237,7 +280,12 @@ def test_an_artifact_whose_builder_lives_elsewhere_stays(root: Path) -> None:
 def test_stopped_in_the_middle_it_goes_on_and_no_half_of_an_artifact_passes_for_the_whole(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    remove = shutil.rmtree
+
     def killed(path: Path) -> None:
+        if STALE not in path.name:
+            remove(path)
+            return
         (path / "shard-00000.parquet").unlink()
         raise OSError(5, "killed")
 

@@ -14,8 +14,8 @@ import pytest
 from s3 import S3, Fault
 from selfalign.backends.local import LocalBackend
 from selfalign.cli import main
-from selfalign.core.errors import ServiceError
-from selfalign.core.locations import Location, entries, files_in
+from selfalign.core.errors import ServiceError, UsageError
+from selfalign.core.locations import Location, entries, files_in, located
 from selfalign.core.store import Store
 from selfalign.engines.config import ModelConfig
 from selfalign.pipelines.runner import Runner, Silent
@@ -109,3 +109,22 @@ def test_a_store_that_is_away_is_told_to_whoever_reads(
     s3.fail("unavailable", after=after)
     assert main([verb, str(root)]) == 69
     assert "the object store cannot be reached" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("verb", ["status", "show", "report"])
+def test_a_store_that_refuses_is_no_outage_and_the_users_to_set_right(
+    toy: Toy, s3: S3, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = s3.folder()
+    run(replace(toy, rounds=1), root)
+    s3.fail("forbidden")
+    assert main([verb, str(root)]) == 2
+    assert f"the object store refuses: {root}/run.json: Forbidden" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="the object store refuses: s3://"):
+        run(toy, root)
+
+
+def test_a_run_in_a_bucket_that_is_not_there_is_told_what_is_missing(toy: Toy, s3: S3) -> None:
+    with pytest.raises(UsageError, match="The specified bucket does not exist; see that the bucket is there"):
+        run(toy, located("s3://nobodys/run"))

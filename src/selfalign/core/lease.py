@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from selfalign.core.errors import LeaseHeldError, ServiceError, StorageError, StoreAwayError
+from selfalign.core.errors import LeaseHeldError, SelfalignError, StoreAwayError
 from selfalign.core.locations import Location, commit, entries, reachable, read, replace, touch
 
 HEARTBEAT_S = 5.0
@@ -147,7 +147,7 @@ def heartbeat(beat: Callable[[], None]) -> Iterator[None]:
     def beats() -> None:
         while not done.wait(HEARTBEAT_S):
             # A beat may fail, on a network file system say; the next one counts.
-            with suppress(OSError, ServiceError, StorageError):
+            with suppress(OSError, SelfalignError):
                 beat()
 
     thread = threading.Thread(target=beats, daemon=True)

@@ -8,14 +8,15 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from selfalign.core.errors import SelfalignError, ServiceError, StorageError, UsageError
+from selfalign.core.errors import SelfalignError, StorageError, StoreAwayError, UsageError
 from selfalign.core.identity import digest, file_digest
 
 if TYPE_CHECKING:
@@ -27,15 +28,14 @@ else:
     # The library is loaded for a run folder that needs it.
     Location = Path
 
-# A store that is away for a minute or two ends no run. (botocore reads both; who sets them is obeyed.)
-PATIENCE = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "20"}
 # Who raises what an object store, or the way to it, does wrong.
 _CLIENTS = ("botocore.", "aiobotocore.", "aiohttp.", "fsspec.")
-
-
-for _variable, _value in PATIENCE.items():
-    # In workers, too, which get a location without asking for it.
-    os.environ.setdefault(_variable, _value)
+# By their names: the client's library is loaded for a run folder that needs it.
+_ON_THE_WAY = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ChecksumError", "FlexibleChecksumError"}
+_ON_THE_WAY |= {"CredentialRetrievalError"}
+_CONFLICTS = 5
+# Copies of files in object stores that this process has compared with their digests.
+_compared: set[Path] = set()
 
 
 def located(name: str) -> Location:
@@ -45,35 +45,63 @@ def located(name: str) -> Location:
         return Path(name)
     if scheme == "file":
         return Path(rest)
-    from upath import UPath
-
+    if scheme != "s3":
+        raise UsageError(f"{name}: name a folder, or s3://BUCKET/FOLDER; nothing is committed safely to {scheme}://")
     try:
-        # Others write there too, so that what was listed before says nothing.
-        location = UPath(name, use_listings_cache=False)
-        _ = location.fs
-    except (ImportError, ValueError) as error:
-        advice = "; pip install -e '.[s3]' in the checkout" if scheme == "s3" else ""
-        raise UsageError(f"{name}: {scheme}:// cannot be used here: {error}{advice}") from error
+        from selfalign.core.objects import ObjectPath
+    except ImportError as error:
+        raise UsageError(f"{name} needs the extra `s3`: {error}; pip install -e '.[s3]' in the checkout") from error
+    # Others write there too, so that what was listed before says nothing. And botocore lets a client try again some 100
+    # times in all, which the parts of a file that go at once have to share.
+    location = ObjectPath(name, use_listings_cache=False, max_concurrency=5)
+    try:
+        with reachable():
+            location.fs.connect()
+    except ValueError as error:
+        raise UsageError(f"{name}: {error} (AWS_ENDPOINT_URL, or the profile's endpoint_url)") from error
     return location
 
 
 @contextmanager
 def reachable() -> Iterator[None]:
-    """Tell an object store that cannot be reached, or that refuses, as ServiceError."""
+    """Tell an object store that cannot be reached as StoreAwayError, and what it refuses for good as UsageError."""
     try:
         yield
-    except (SelfalignError, FileNotFoundError, FileExistsError, PermissionError):
+    except SelfalignError:
         raise
     except Exception as error:
         # Some come as they are, some as the cause of an OSError.
-        if not any(type(each).__module__.startswith(_CLIENTS) for each in (error, error.__cause__)):
+        cause = next((each for each in (error, error.__cause__) if type(each).__module__.startswith(_CLIENTS)), None)
+        if cause is not None and _is_refused(cause):
+            raise UsageError(
+                f"the object store refuses: {error}; see that the bucket is there, and that AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), AWS_DEFAULT_REGION and AWS_ENDPOINT_URL are the right ones, "
+                "with leave to list, read, write and delete"
+            ) from error
+        if cause is None or isinstance(error, (FileNotFoundError, FileExistsError)):
             raise
-        raise ServiceError(f"the object store cannot be reached: {error}; run again when it is back") from error
+        raise StoreAwayError(f"the object store cannot be reached: {error}; run again when it is back") from error
+
+
+def _status(error: BaseException | None) -> int:
+    """The HTTP status that a store answered, 0 where there was no answer."""
+    response: Any = getattr(error, "response", None)
+    return response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(response, dict) else 0
+
+
+def _is_refused(error: Any) -> bool:
+    """Whether a client's error stays until the user has changed something."""
+    if status := _status(error):
+        code = error.response["Error"]["Code"]
+        return code == "NoSuchBucket" or (status in (301, 400, 401, 403, 501) and code != "RequestTimeout")
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    # What else the client says by itself is about its settings: no keys, no such profile, an impossible bucket.
+    return "BotoCoreError" in kinds and not kinds & _ON_THE_WAY
 
 
 @contextmanager
 def explained(path: Location) -> Iterator[None]:
-    """Tell what goes wrong in writing `path` as StorageError, or ServiceError where the store is away."""
+    """Tell what goes wrong in writing `path` as StorageError, and what an object store does as `reachable` tells it."""
     try:
         with reachable():
             yield
@@ -86,20 +114,19 @@ def commit(path: Location, data: bytes) -> bool:
     """Write `data` under its final name, durably and all at once. False where somebody committed that name before."""
     if not isinstance(path, Path):
         with explained(path):
-            try:
-                path.fs.pipe_file(path.path, data, mode="create")
-            except OSError as error:
-                if not _is_taken(error):
-                    raise
+            return _put(
+                lambda: path.fs.pipe_file(path.path, data, mode="create"),
                 # A store may have written, before an answer was lost, what it then says was there already.
-                return read(path) == data
-            return True
+                lambda: read(path) == data,
+            )
     with _drafted(path, data) as draft:
         try:
             # A link, unlike a rename, never replaces what is there.
             os.link(draft, path)
         except FileExistsError:
-            return False
+            # NFS, asked twice because an answer was lost, may say this of the link that it made (link(2)).
+            if draft.stat().st_nlink != 2:
+                return False
         _sync(path.parent)
     return True
 
@@ -128,28 +155,57 @@ def commit_folder(draft: Path, final: Location) -> bool:
     return True
 
 
-def _is_taken(error: OSError) -> bool:
-    """Whether a name was there already. The client knows only the words that AWS has for it, not those of others."""
-    answer = getattr(error.__cause__, "response", None) or {}
-    return isinstance(error, FileExistsError) or answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412")
+def _put(put: Callable[[], object], is_mine: Callable[[], bool]) -> bool:
+    """Write an object unless there is one; then say whether that one is one's own."""
+    conflicts = 0
+    while True:
+        try:
+            put()
+            return True
+        except OSError as error:
+            status = _status(error.__cause__)
+            # The client knows only the words that AWS has for a name that is taken, not those of others.
+            if isinstance(error, FileExistsError) or status == 412:
+                # Who committed it may have removed it since.
+                with suppress(FileNotFoundError):
+                    return is_mine()
+                return False
+            conflicts += 1
+            # Somebody is writing or deleting it this moment.
+            if status != 409 or conflicts == _CONFLICTS:
+                raise
+        time.sleep(0.1 * 2**conflicts)
 
 
 def _sent(draft: Path, final: "UPath") -> bool:
-    won = True
     with explained(final):
-        for path in sorted(p for p in draft.rglob("*") if p.is_file()):
-            to = final / path.relative_to(draft).as_posix()
-            try:
-                to.fs.put_file(str(path), to.path, mode="create")
-            except OSError as error:
-                if not _is_taken(error):
-                    raise
-                # See `commit`.
-                if file_digest(to) != file_digest(path):
-                    won = False
-                    break
+        files = sorted(p for p in draft.rglob("*") if p.is_file())
+        won = all(_send(path, final / path.relative_to(draft).as_posix()) for path in files)
         shutil.rmtree(draft)
     return won
+
+
+def _send(path: Path, to: "UPath") -> bool:
+    return _put(
+        lambda: to.fs.put_file(str(path), to.path, mode="create"),
+        # See `commit`.
+        lambda: file_digest(to) == file_digest(path),
+    )
+
+
+def check_commits(folder: Location) -> None:
+    """Raise UsageError for an object store that writes over what is there: of two drivers the last would win."""
+    if isinstance(folder, Path):
+        return
+    path = folder / f".commits-{uuid.uuid4().hex}"
+    commit(path, b"first")
+    replaced = commit(path, b"second")
+    remove(path)
+    if replaced:
+        raise UsageError(
+            f"the object store of {folder} ignores the condition of a write (If-None-Match), by which the first commit "
+            "of a name wins; use a store that knows it, or a folder"
+        )
 
 
 @reachable()
@@ -218,14 +274,14 @@ def entries(folder: Location, pattern: str) -> list[Location]:
 def fetched(folder: Location, files: Mapping[str, str]) -> Path:
     """A folder of a run as one of this machine: itself, or a copy of `files`, each compared with its SHA-256.
 
-    A copy stays where it is, for whoever wants the same files. Raises StorageError for one that is not what it was.
+    A copy stays where it is, for whoever wants the same files, and is compared once by each process that does. Raises
+    StorageError where the run's own files are not what they were.
     """
     if isinstance(folder, Path):
         return folder
     key = digest({**files})[:16]
     copy = scratch(folder) / key
-    # Temporary folders are tidied, file by file.
-    if set(files_in(copy)) == set(files):
+    if _is_whole(copy, files):
         return copy
     remove(copy)
     draft = copy.with_name(f".{key}.{uuid.uuid4().hex[:12]}")
@@ -237,10 +293,23 @@ def fetched(folder: Location, files: Mapping[str, str]) -> Path:
                 if file_digest(draft / name) != sha256:
                     raise StorageError(f"{folder / name} is not what was committed (changed bytes)")
         # Another process of this machine may have been quicker.
-        commit_folder(draft, copy)
+        if commit_folder(draft, copy):
+            _compared.add(copy)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return copy
+
+
+def _is_whole(copy: Path, files: Mapping[str, str]) -> bool:
+    # Temporary folders are tidied, file by file.
+    if set(files_in(copy)) != set(files):
+        return False
+    # Another process may remove one that is damaged.
+    with suppress(FileNotFoundError):
+        if copy in _compared or all(file_digest(copy / name) == sha256 for name, sha256 in files.items()):
+            _compared.add(copy)
+            return True
+    return False
 
 
 def scratch(folder: Location) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from selfalign.core.errors import StoreAwayError
 from selfalign.core.locations import Location, commit, entries, explained, read
 
 FLUSH_S = 30.0
@@ -31,8 +32,10 @@ class Measurements:
                     file.write("\n")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._flush()
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        # A store that is away would be waited for once more.
+        if not isinstance(error, StoreAwayError):
+            self._flush()
 
     def add(self, line: Mapping[str, float]) -> None:
         """One measurement, with the time (seconds since 1970)."""

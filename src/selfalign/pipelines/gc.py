@@ -13,7 +13,7 @@ from pathlib import Path
 
 from selfalign.core.errors import LeaseHeldError, StorageError, UsageError
 from selfalign.core.lease import anyone_present
-from selfalign.core.locations import Location
+from selfalign.core.locations import Location, read, scratch
 from selfalign.core.store import Artifact
 
 _logger = logging.getLogger(__name__)
@@ -22,9 +22,14 @@ _logger = logging.getLogger(__name__)
 _ARTIFACT = re.compile(r"[a-z_]+(\.[a-z_]+)?-[0-9a-f]{16}")
 _DRAFT = re.compile(r"\.[\w.-]+\.(json|parquet|html)\.[0-9a-f]{12}")
 _GOING = re.compile(r"\.[\w.-]+\.gone\.[0-9a-f]{12}")
-_JOURNAL = re.compile(r"journal-(\d{5,})\.jsonl?")
+_JOURNAL = re.compile(r"journal-(\d{5,})")
 _LEASE = re.compile(r"lease(-\d{6,})?\.json")
 _PART = re.compile(r"manifest\.json|metrics\.jsonl|shard-\d{5,}\.parquet|files|kept|draft-[0-9a-f]+")
+_OBJECTS_STAY = (
+    "%s: its objects stay: a folder of them cannot be set aside whole, and the next run might count on half of it. "
+    "Nobody needs artifacts that run.json does not name, kept/ beside a manifest.json, and drivers/ when nobody works "
+    "on the run. A lifecycle rule by age would take what runs need; one that aborts incomplete uploads is safe"
+)
 
 
 @dataclass(frozen=True)
@@ -39,40 +44,43 @@ class Garbage:
 def collect(root: Location, dry_run: bool = False) -> Iterator[Garbage]:
     """What no step of the run needs, each removed before it is yielded unless `dry_run`.
 
-    No symbolic link is followed. Stopped at any moment, the next call goes on. Raises UsageError where there is no run,
-    LeaseHeldError while somebody works on it.
+    Of a run in an object store that is what this machine has of it, and the objects stay. No symbolic link is followed.
+    Stopped at any moment, the next call goes on. Raises UsageError where there is no run, LeaseHeldError while somebody
+    works on it.
     """
-    if not isinstance(root, Path):
-        raise UsageError(f"{root} lies in an object store, where lifecycle rules remove what is old: gc is for folders")
-    # Its name may be a link, which is how people put runs on another disk.
-    root = root.resolve()
+    if isinstance(root, Path):
+        # Its name may be a link, which is how people put runs on another disk.
+        root = root.resolve()
     named = _named(root)
     _check_alone(root)
-    if (root / "artifacts").is_symlink():
-        raise UsageError(f"{root / 'artifacts'} is a link; gc follows none, so that it removes nothing elsewhere")
-    for garbage in _found(root, named):
+    place = scratch(root)
+    if (place / "artifacts").is_symlink():
+        raise UsageError(f"{place / 'artifacts'} is a link; gc follows none, so that it removes nothing elsewhere")
+    if not isinstance(root, Path):
+        _logger.warning(_OBJECTS_STAY, root)
+    for garbage in _found(root, named) if isinstance(root, Path) else _here(root, place / "artifacts"):
         if not dry_run:
             # Again for each: somebody may have begun since, or begun and ended.
             _check_alone(root)
-            if garbage.path.name in _named(root):
+            if isinstance(root, Path) and garbage.path.name in _named(root):
                 continue
             _remove(root, garbage.path)
         yield garbage
 
 
-def _named(root: Path) -> frozenset[str]:
+def _named(root: Location) -> frozenset[str]:
     """The artifacts that the run's steps name."""
     path = root / "run.json"
     try:
-        named = frozenset(str(step["artifact"]) for step in json.loads(path.read_bytes())["steps"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        named = frozenset(str(step["artifact"]) for step in json.loads(read(path))["steps"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{root} holds no run (no readable run.json), so nothing in it is known to be ours") from error
     if not named:
         raise UsageError(f"{path} names no step, so that nothing can be told from what is needed; run the recipe first")
     return named
 
 
-def _check_alone(root: Path) -> None:
+def _check_alone(root: Location) -> None:
     if anyone_present(root / "drivers"):
         raise LeaseHeldError(f"somebody works on {root} (see {root / 'drivers'}); run gc again when it has ended")
 
@@ -98,6 +106,15 @@ def _found(root: Path, named: frozenset[str]) -> Iterator[Garbage]:
             yield _garbage(folder, "an artifact that no step names")
 
 
+def _here(root: Location, folder: Path) -> Iterator[Garbage]:
+    """What this machine has of a run in an object store."""
+    yield from _drafts(folder)
+    for path in _entries(folder):
+        # A build's lease, held by a worker whose driver has died.
+        if _ARTIFACT.fullmatch(path.name) and not anyone_present(root / "artifacts" / path.name):
+            yield _garbage(path, "this machine's copies and drafts of an artifact")
+
+
 def _within(folder: Path) -> Iterator[Garbage]:
     """What can go of an artifact that stays."""
     yield from _drafts(folder)
@@ -105,7 +122,7 @@ def _within(folder: Path) -> Iterator[Garbage]:
     shards = {path.name for path in artifact.shards()}
     for path in _entries(folder):
         journal = _JOURNAL.fullmatch(path.name)
-        if journal and path.is_file() and artifact.shard(int(journal[1])).name in shards:
+        if journal and path.is_dir() and artifact.shard(int(journal[1])).name in shards:
             yield _garbage(path, "a journal of a shard that is complete")
         elif path.is_dir() and path.name.startswith("draft-"):
             yield _garbage(path, "a build that was not finished")
@@ -141,7 +158,7 @@ def _garbage(path: Path, why: str) -> Garbage:
     return Garbage(path, sum(file.lstat().st_size for file in inside or [path] if not file.is_dir()), why)
 
 
-def _remove(root: Path, path: Path) -> None:
+def _remove(root: Location, path: Path) -> None:
     """Remove a file, or a folder with what it holds; a link inside it goes, what it leads to stays."""
     try:
         if path.is_dir():
@@ -153,7 +170,7 @@ def _remove(root: Path, path: Path) -> None:
         raise StorageError(f"cannot remove {path}: {error.strerror}; what was removed so far is gone") from error
 
 
-def _set_aside(root: Path, path: Path) -> Path:
+def _set_aside(root: Location, path: Path) -> Path:
     """Give a folder a name that nobody looks for."""
     going = path.with_name(f".{path.name}.gone.{uuid.uuid4().hex[:12]}")
     path.rename(going)

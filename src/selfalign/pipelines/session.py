@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from selfalign.core.errors import UsageError
-from selfalign.core.locations import Location, read, replace
+from selfalign.core.locations import Location, check_commits, read, replace
 from selfalign.core.protocols import Backend
 from selfalign.core.stage import External, Step
 from selfalign.core.store import Store
@@ -64,6 +64,7 @@ class Session:
         if round is not None and round not in rounds:
             raise UsageError(f"--round {round}: this recipe has the rounds {', '.join(map(str, rounds))}")
         _check_lasting(self.root)
+        check_commits(self.root)
         there = _kept_name(self.root / "recipe.json")
         if there not in (None, self.recipe.name):
             raise UsageError(f"{self.root} holds a run of the recipe {there!r}; name another folder with --run")

@@ -70,7 +70,7 @@ class RunView:
         path = root / "run.json"
         try:
             return RunView(root, json.loads(read(path)))
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
             raise UsageError(
                 f"{root} holds no run (no readable run.json); name a folder made by selfalign run"
             ) from error

@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 
 from selfalign.core.errors import InternalError
+from selfalign.core.identity import file_digest
 from selfalign.core.locations import commit
 from selfalign.core.records import Document, Record, rejected
 from selfalign.core.stage import Context, External, Resources, Stage, Step, WholeStage, Workers
@@ -120,6 +121,8 @@ def stored(folder: Path) -> Artifact:
 
 def test_a_stage_sees_kept_rows_paths_and_identities_of_its_inputs(tmp_path: Path) -> None:
     artifact = stored(tmp_path)
+    files = {path.name: file_digest(path) for path in artifact.shards()}
+    artifact.finish(Manifest("toy", "01", "x", {}, files, {}))
     context = Context("stage", 3, {"rows": artifact, "file": External("/here", "digest")})
     assert [row.id for row in context.rows("rows", Document)] == ["a", "c", "b"]
     assert context.path("file") == Path("/here")

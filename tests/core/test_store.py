@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from selfalign.core.errors import MismatchError, StorageError
+from selfalign.core.errors import InternalError, MismatchError, StorageError
 from selfalign.core.identity import file_digest
 from selfalign.core.ledger import Ledger
-from selfalign.core.locations import commit, commit_folder, replace
+from selfalign.core.locations import Location, commit, commit_folder, replace
 from selfalign.core.records import Document
 from selfalign.core.stage import KeptRows
 from selfalign.core.store import Artifact, Manifest, Store, balanced, check_inputs, content_digest
@@ -295,3 +295,21 @@ def test_the_files_of_a_build_may_be_read_by_whom_the_umask_lets(tmp_path: Path,
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "files").iterdir()} == {mode}
+
+
+def test_kept_rows_come_in_the_order_of_their_shards_and_damage_is_told_when_it_is_come_to(place: Location) -> None:
+    found = Store(place).artifact("toy", "0123")
+    rows = [Document(id=f"d{n:02d}", source="s", text=f"text {n}") for n in range(33)]
+    for n in range(11):
+        commit(found.shard(n), to_parquet(rows[3 * n : 3 * n + 3], Document))
+    with pytest.raises(InternalError, match="read before it is complete"):
+        next(iter(KeptRows(found, Document)))
+    found.finish(manifest_of(found, *(path.name for path in found.shards())))
+    for _ in range(2):
+        assert [*KeptRows(found, Document)] == rows
+    assert next(iter(KeptRows(found, Document))) == rows[0]
+    replace(found.shard(9), to_parquet(rows[:3], Document))
+    seen: list[Document] = []
+    with pytest.raises(StorageError, match=r"shard-00009\.parquet is not what toy-0123 committed"):
+        seen.extend(KeptRows(found, Document))
+    assert seen == rows[:27]

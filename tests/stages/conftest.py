@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from selfalign.core.identity import file_digest
 from selfalign.core.lease import Lease, Owner
 from selfalign.core.locations import commit
 from selfalign.core.protocols import Reply, Request, Sampling, Score
@@ -70,7 +71,8 @@ def stored(tmp_path: Path) -> Stored:
         artifact = Artifact(tmp_path / "artifacts" / f"{name}-id", f"identity of {name}")
         commit(artifact.shard(0), to_parquet(rows, record))
         ledger = ledger_of(artifact.shard(0)).to_json()
-        artifact.finish(Manifest(name, artifact.identity, "sha", {}, {}, ledger))
+        files = {artifact.shard(0).name: file_digest(artifact.shard(0))}
+        artifact.finish(Manifest(name, artifact.identity, "sha", {}, files, ledger))
         return artifact
 
     return store

@@ -1,9 +1,12 @@
 """What a step is: a stage (a value that knows no backend), its inputs, and what it sees while it runs."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -30,6 +33,7 @@ ShardSource = Shard | tuple[Record, ...]
 Log = Callable[[Mapping[str, float]], None]
 
 
+SHARDS_AHEAD = 4
 STALL_MINUTES = 30.0
 """How long a batch may take without anybody minding."""
 
@@ -92,14 +96,27 @@ class Rows(Protocol[R_co]):
 
 @dataclass(frozen=True)
 class KeptRows(Generic[R]):
-    """The kept rows of a step's output: read from its shards each time they are gone through, never all held."""
+    """The kept rows of a step's output: read from its shards each time they are gone through, a few shards held."""
 
     artifact: "Artifact"
     record: type[R]
 
     def __iter__(self) -> Iterator[R]:
-        for shard in self.artifact.committed():
-            yield from read_kept(shard.path, self.record, shard.sha256)
+        shards = iter(self.artifact.committed())
+        if isinstance(self.artifact.folder, Path):
+            for shard in shards:
+                yield from read_kept(shard.path, self.record, shard.sha256)
+            return
+        # In an object store each of them is a journey there and back.
+        with ThreadPoolExecutor(SHARDS_AHEAD) as pool:
+            coming = deque(pool.submit(self._rows, shard) for shard in islice(shards, SHARDS_AHEAD))
+            while coming:
+                rows = coming.popleft().result()
+                coming.extend(pool.submit(self._rows, shard) for shard in islice(shards, 1))
+                yield from rows
+
+    def _rows(self, shard: Shard) -> list[R]:
+        return list(read_kept(shard.path, self.record, shard.sha256))
 
     def __len__(self) -> int:
         kept = self.artifact.complete().ledger["kept"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from s3 import S3
+from selfalign.core import preemption
 from selfalign.core.locations import Location
 
 TESTS = Path(__file__).parent
@@ -51,6 +52,8 @@ def _s3() -> Iterator[S3]:
 def s3(_s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     """An object store without faults, and an empty scratch folder."""
     monkeypatch.setenv("SELFALIGN_SCRATCH", str(tmp_path / "scratch"))
+    # Another test may have asked this process to end.
+    monkeypatch.setattr(preemption, "_ending", False)
     yield _s3
     _s3.mend()
 

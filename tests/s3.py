@@ -15,12 +15,13 @@ from werkzeug.serving import BaseWSGIServer, make_server
 from selfalign.core.locations import Location, located
 
 BUCKET = "runs"
-Fault = Literal["none", "closed", "unavailable", "broken", "forbidden", "conflict", "taken", "forgetful"]
+Fault = Literal["none", "closed", "unavailable", "broken", "forbidden", "conflict", "taken", "cut", "forgetful"]
 # As AWS answers, and for the name that is taken, as others do.
 ANSWERS: Mapping[Fault, tuple[str, str, str]] = {
     "unavailable": ("503 Service Unavailable", "ServiceUnavailable", "Come back later"),
     "forbidden": ("403 Forbidden", "AccessDenied", "Access Denied"),
     "conflict": ("409 Conflict", "ConditionalRequestConflict", "A conflicting operation is under way"),
+    "cut": ("400 Bad Request", "IncompleteBody", "You did not provide the number of bytes specified"),
     "taken": ("412 Precondition Failed", "412", "Precondition Failed"),
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from selfalign.core import preemption
 from selfalign.core.errors import GateError
@@ -53,6 +53,32 @@ class Where(MapStage):
                 yield Document(id=row.id, source="here", text=_here() if self.tells else row.text)
 
         return Process(run)
+
+
+@dataclass(frozen=True)
+class Opening(MapStage):
+    """Its first `deaths` openings die, or hang. Each leaves its process's number in the file `opened`."""
+
+    name: ClassVar[str] = "opening"
+    record: ClassVar[type[Record]] = Document
+    output: ClassVar[type[Record]] = Document
+    opened: str
+    deaths: int = 0
+    then: Literal["die", "hang"] = "die"
+
+    def open(self, context: Context) -> Process:
+        with Path(self.opened).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        if len(pids(Path(self.opened))) <= self.deaths:
+            if self.then == "hang":
+                time.sleep(600)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Process(list)
+
+
+def pids(path: Path) -> list[int]:
+    """The numbers that a file has, one a line."""
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
 
 
 def _here() -> str:

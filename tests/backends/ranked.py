@@ -5,12 +5,12 @@ import os
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from selfalign.core import preemption
 from selfalign.core.errors import GateError
 from selfalign.core.ledger import Ledger
+from selfalign.core.locations import scratch
 from selfalign.core.stage import BuildStage, Built, Context, Log, Place, Settings
 
 
@@ -29,13 +29,12 @@ class Ranked(BuildStage):
         return 2
 
     def build(self, context: Context, place: Place, log: Log) -> Built:
-        rank = os.environ["RANK"]
-        assert isinstance(place.kept, Path)
+        rank, kept = os.environ["RANK"], scratch(place.kept)
         preemption.defer()
-        (place.kept / f"rank-{rank}").write_text(str(os.getpid()))
+        (kept / f"rank-{rank}").write_text(str(os.getpid()))
         (place.draft / f"rank-{rank}").write_text(os.environ["WORLD_SIZE"])
         log({"step": float(rank)})
-        while not all((place.kept / f"rank-{n}").exists() for n in (0, 1)):
+        while not all((kept / f"rank-{n}").exists() for n in (0, 1)):
             time.sleep(0.01)
         match self.then:
             case "gate" if rank == "1":
@@ -48,7 +47,7 @@ class Ranked(BuildStage):
             case "save":
                 while not preemption.asked():
                     time.sleep(0.01)
-                (place.kept / f"saved-{rank}").touch()
+                (kept / f"saved-{rank}").touch()
                 preemption.deliver()
             case "build":
                 return Built(("rank-0",), Ledger(1, 1, 1), {"rank": int(rank)})

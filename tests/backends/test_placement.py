@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -10,16 +11,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import pytest
 
 import selfalign
-from backends.placed import Made, Saving, Where, build_job, map_job, wait_for
+from backends.placed import Made, Opening, Saving, Where, build_job, map_job, pids, wait_for
 from clusters import Cluster
 from selfalign.backends.local import LocalBackend
 from selfalign.core import preemption
-from selfalign.core.errors import GateError, PreemptedError, UsageError
+from selfalign.core.errors import GateError, InternalError, PreemptedError, UsageError
 from selfalign.core.shards import ShardReport
 from selfalign.core.stage import Resources, Workers
 from selfalign.core.tables import read_outcomes
@@ -192,9 +194,8 @@ def test_asked_to_end_it_ends_in_the_midst_of_a_shard(
         backend.map(job, ignore)
     asking.join()
     # No row is blamed for it.
-    journals = list((tmp_path / "step").glob("journal-*.json"))
-    assert [json.loads(path.read_bytes()) for path in journals] == [{}] * len(journals)
-    assert journals
+    assert list((tmp_path / "step").glob("journal-*"))
+    assert list((tmp_path / "step").glob("journal-*/*")) == []
     wait_for(lambda: not any(psutil.pid_exists(int(path.name)) for path in meeting.iterdir()))
 
 
@@ -228,9 +229,59 @@ def test_a_run_folder_that_workers_do_not_see_is_refused(backend: RayBackend, tm
         backend.map(job, ignore)
 
 
+ONE = Resources(workers=Workers(max=1))
+
+
+def test_a_worker_that_dies_again_and_again_as_it_opens_a_step_ends_it_with_rays_reason(
+    backend: RayBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = tmp_path / "opened"
+    told = r"3 workers in a row died before they had opened step; the last: .* OOM .*resources.<section>"
+    with pytest.raises(InternalError, match=told):
+        backend.map(map_job(Opening(str(opened), deaths=99), tmp_path / "step", 2, ONE), ignore)
+    assert len(pids(opened)) == 3
+    assert "a worker was lost before it had opened step, and is replaced: The actor died" in caplog.text
+
+
+@pytest.mark.parametrize("then", ["die", "hang"])
+def test_a_worker_that_dies_or_hangs_twice_as_it_opens_a_step_is_replaced(
+    backend: RayBackend, tmp_path: Path, then: Literal["die", "hang"]
+) -> None:
+    opened = tmp_path / "opened"
+    job = map_job(Opening(str(opened), 2, then), tmp_path / "step", 2, ONE)
+    backend.map(replace(job, stall_minutes=0.02), ignore)
+    assert len(pids(opened)) == 3
+    assert len(contents(tmp_path / "step")) == 2
+
+
+def test_a_worker_whose_node_is_lost_while_it_opens_a_step_is_replaced_on_another(
+    nodes: Nodes, backend: RayBackend, tmp_path: Path
+) -> None:
+    opened = tmp_path / "opened"
+    first = nodes.cluster.add_node(cpus=1, gpus=4)
+    seconds = []
+
+    def lose() -> None:
+        wait_for(lambda: len(pids(opened)) == 1)
+        first.kill()
+        seconds.append(nodes.cluster.add_node(cpus=1, gpus=4))
+
+    losing = threading.Thread(target=lose)
+    losing.start()
+    try:
+        job = map_job(Opening(str(opened), 1, "hang"), tmp_path / "step", 2, Resources(gpus=4))
+        backend.map(job, ignore)
+        assert len(pids(opened)) == 2
+        assert len(contents(tmp_path / "step")) == 2
+    finally:
+        losing.join()
+        for node in [first, *seconds]:
+            node.kill()
+
+
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_workers_killed_at_random_moments_leave_the_same_bytes(
-    backend: RayBackend, tmp_path: Path, meeting: Path, workers: int
+    backend: RayBackend, tmp_path: Path, meeting: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = Where(str(meeting), tells=False, pause_s=0.05)
     chance, reports = random.Random(workers), list[int]()
@@ -245,6 +296,9 @@ def test_workers_killed_at_random_moments_leave_the_same_bytes(
     backend.map(map_job(stage, tmp_path / "step", 24, resources), done)
     assert sorted(reports) == list(range(24))
     assert len(list(meeting.iterdir())) > workers
+    assert re.search(
+        r"a worker was lost at shard \d+ of step, and is replaced: The actor died .* pid: \d+", caplog.text
+    )
     assert contents(tmp_path / "step") == locally(stage, tmp_path / "local", 24)
 
 
@@ -284,7 +338,12 @@ def test_a_build_whose_worker_dies_goes_on_in_another(backend: RayBackend, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("shadow", "told"), [("empty", "a worker cannot load selfalign"), ("other", "has other selfalign sources")]
+    ("shadow", "told"),
+    [
+        ("empty", "a worker cannot load selfalign"),
+        ("other", "has other selfalign sources"),
+        ("deadly", "3 workers in a row died before they had opened step"),
+    ],
 )
 def test_workers_with_other_sources_than_the_drivers_are_refused(
     nodes: Nodes, backend: RayBackend, tmp_path: Path, meeting: Path, shadow: str, told: str
@@ -294,11 +353,11 @@ def test_workers_with_other_sources_than_the_drivers_are_refused(
         shutil.copytree(Path(selfalign.__file__).parent, package)
     package.mkdir(parents=True, exist_ok=True)
     with (package / "__init__.py").open("a") as file:
-        file.write("# changed\n")
+        file.write("import os; os._exit(1)\n" if shadow == "deadly" else "# changed\n")
     path = f"{package.parent}{os.pathsep}{os.environ['PYTHONPATH']}"
     node = nodes.cluster.add_node(cpus=1, gpus=4, environment={"PYTHONPATH": path})
     try:
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(InternalError if shadow == "deadly" else UsageError, match=told):
             backend.map(map_job(Where(str(meeting)), tmp_path / "step", 1, Resources(gpus=4)), ignore)
     finally:
         node.kill()

@@ -14,10 +14,17 @@ import psutil
 import pytest
 
 from backends.placed import build_job, wait_for
-from backends.ray_ranked import Counted, Tiny
+from backends.ray_ranked import Counted, Deadly, Tiny
 from selfalign.backends.local import LocalBackend
 from selfalign.core import preemption
-from selfalign.core.errors import GateError, InternalError, LeaseHeldError, PreemptedError, UsageError
+from selfalign.core.errors import (
+    GateError,
+    InternalError,
+    LeaseHeldError,
+    PreemptedError,
+    SelfalignError,
+    UsageError,
+)
 from selfalign.core.identity import code_digest, file_digest
 from selfalign.core.lease import Owner
 from selfalign.core.protocols import BuildJob, Committed
@@ -105,7 +112,7 @@ def test_a_training_that_loses_a_rank_and_is_asked_to_end_ends_with_the_weights_
     with caplog.at_level(logging.INFO, "selfalign"):
         with handled(), pytest.raises(PreemptedError, match="SIGTERM"):
             attempt(on_ray, stage, tmp_path / "ray", disturb)
-        assert "the ranks were started again, after rank 1: ActorDiedError" in caplog.text
+        assert "the ranks are started again, after rank 1: ActorDiedError" in caplog.text
         assert "going on from" in caplog.text
         assert not (tmp_path / "ray" / "files").exists()
         committed = attempt(on_ray, stage, tmp_path / "ray", disturb)
@@ -131,25 +138,61 @@ def test_a_rank_has_one_gpu_or_none(tmp_path: Path, shared_ray: None) -> None:
 
 
 def test_ranks_that_are_lost_again_and_again_without_a_step_are_given_up() -> None:
-    async def starts() -> list[InternalError | None]:
+    async def lost() -> SelfalignError | None:
         group = Group()
-        answers = []
-        for _ in range(ray_train.IN_VAIN):
-            answers.append(await group.begin(0))
-            await group.say({"step": 4.0})
+        for step in range(2 * ray_train.IN_VAIN):
+            await group.begin(0)
+            await group.say({"step": float(step)})
             assert await group.lose("rank 1: ActorDiedError")
-        for _ in range(ray_train.IN_VAIN + 1):
-            answers.append(await group.begin(0))
+        for _ in range(ray_train.IN_VAIN - 2):
+            assert await group.begin(0) is None
             # What was reached before is no step further.
             await group.say({"step": 4.0})
-            await group.lose("rank 1: ActorDiedError")
-        assert await group.begin(1) is answers[-1]
-        return answers
+            assert await group.lose("rank 1: ActorDiedError")
+        assert not await group.lose("rank 1: ActorDiedError")
+        return await group.begin(1)
 
-    *going_on, last = asyncio.run(starts())
-    assert going_on[: ray_train.IN_VAIN] == [None] * ray_train.IN_VAIN
     with pytest.raises(InternalError, match=r"5 times without one further step.*rank 1: ActorDiedError"):
-        raise last or AssertionError
+        raise asyncio.run(lost()) or AssertionError
+
+
+def test_ranks_that_die_before_they_begin_are_told_and_given_up() -> None:
+    async def lost() -> tuple[list[Any], SelfalignError | None]:
+        group = Group()
+        for _ in range(ray_train.IN_VAIN - 1):
+            assert await group.lose("rank 0: ActorDiedError")
+        assert not await group.lose("rank 0: OutOfMemoryError")
+        lines, error, _ = await group.heard()
+        return lines, error
+
+    lines, error = asyncio.run(lost())
+    told = "the ranks are started again, after rank 0: ActorDiedError"
+    assert [message for _, _, message in lines] == [told] * (ray_train.IN_VAIN - 1)
+    with pytest.raises(InternalError, match=r"5 times without one further step.*rank 0: OutOfMemoryError"):
+        raise error or AssertionError
+
+
+def test_ranks_whose_node_is_taken_away_are_not_given_up_however_often_that_is_told() -> None:
+    async def lost() -> list[Any]:
+        group = Group()
+        await group.begin(0)
+        for _ in range(10 * ray_train.IN_VAIN):
+            assert await group.lose("rank 0: ActorDiedError", taken=True)
+        return (await group.heard())[0]
+
+    assert len(asyncio.run(lost())) == 1
+
+
+@pytest.mark.train
+def test_ranks_that_die_as_they_are_started_end_the_build_with_the_reason(
+    tmp_path: Path, shared_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    with pytest.raises(InternalError, match=r"lost 5 times without one further step.* The actor died .*RayTrainWorker"):
+        attempt(on_ray, Deadly(), tmp_path)
+    assert caplog.text.count("the ranks are started again, after ") == ray_train.IN_VAIN - 1
+    wait_for(lambda: ray.available_resources().get("CPU") == 2)
 
 
 def test_ranks_that_do_not_come_are_said_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,3 +207,4 @@ def test_ranks_that_do_not_come_are_said_to_wait(monkeypatch: pytest.MonkeyPatch
     ((_, level, message),) = asyncio.run(heard())
     assert level == logging.WARNING
     assert "no room" in message
+    assert "die as they start" in message

@@ -14,17 +14,21 @@ from pathlib import Path
 import pytest
 
 from backends.ranked import Ranked
+from backends.ray_ranked import Alone
 from selfalign.backends.local import LocalBackend
 from selfalign.core import preemption
 from selfalign.core.errors import GateError, InternalError, LeaseHeldError, PreemptedError, StorageError
 from selfalign.core.lease import Owner, lease
-from selfalign.core.locations import replace
+from selfalign.core.locations import Location, files_in, read, replace, scratch
 from selfalign.core.protocols import BuildJob, Committed
-from selfalign.core.stage import Context, Resources
+from selfalign.core.stage import BuildStage, Context, Resources
 from selfalign.core.store import Artifact
 from signals import handled
+from training.resumable import Case
 
 pytestmark = pytest.mark.train
+
+RANKED = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1"}
 
 DRIVER = """
 import sys
@@ -35,7 +39,7 @@ build(Ranked(sys.argv[1]), Path(sys.argv[2]), [])
 """
 
 
-def build(stage: Ranked, folder: Path, logged: list[dict[str, float]]) -> Committed:
+def build(stage: BuildStage, folder: Location, logged: list[dict[str, float]]) -> Committed:
     with lease(folder, False, print) as held:
         job = BuildJob(stage, Context("ranked", 0, {}), Artifact(folder, "identity"), held, Resources())
         with preemption.delivered():
@@ -61,13 +65,33 @@ def lives(pid: int) -> bool:
     return stat.rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_all_ranks_build_and_rank_0_says_what_came_of_it(tmp_path: Path) -> None:
+def test_all_ranks_build_and_rank_0_says_what_came_of_it(place: Location) -> None:
     logged: list[dict[str, float]] = []
-    committed = build(Ranked(), tmp_path, logged)
+    committed = build(Ranked(), place, logged)
     assert committed.built.metrics == {"rank": 0}
-    assert sorted(committed.files) == ["rank-0", "rank-1"]
+    assert list(committed.files) == files_in(place / "files") == ["rank-0"]
     assert logged == [{"step": 0.0}]
-    assert {p.name: p.read_text() for p in (tmp_path / "files").iterdir()} == {"rank-0": "2", "rank-1": "2"}
+    assert read(place / "files/rank-0") == b"2"
+    assert list(scratch(place).glob("draft-*")) == []
+
+
+def test_a_driver_with_the_environment_of_a_rank_launches_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**RANKED, "PET_NNODES": "2", "PET_NODE_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert build(Ranked(), tmp_path, []).built.metrics == {"rank": 0}
+
+
+def test_a_training_in_a_driver_with_the_environment_of_a_rank_waits_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in RANKED.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "pids").mkdir()
+    case = Case({"lora_r": 8, "max_steps": 2})
+    committed = build(Alone(case, str(tmp_path / "pids")), tmp_path / "step", [])
+    assert "adapter_model.safetensors" in committed.files
 
 
 def test_what_a_rank_raises_is_raised_and_the_others_end(tmp_path: Path) -> None:
@@ -140,3 +164,27 @@ def test_ranks_do_not_outlive_a_driver_that_was_killed(tmp_path: Path) -> None:
     driver.kill()
     driver.wait()
     eventually(lambda: not any(map(lives, ranks)), within_s=20)
+
+
+WATCH = """
+import sys, threading, time
+from pathlib import Path
+from selfalign.backends.torchrun import _end_without
+from selfalign.core.lease import Lease, lease
+with lease(Path(sys.argv[1]), False, print) as held:
+    threading.Thread(target=_end_without, args=(held,), daemon=True).start()
+    time.sleep(60)
+"""
+
+
+def test_a_rank_that_could_not_look_at_its_lease_looks_again(tmp_path: Path) -> None:
+    newer = tmp_path / "lease-000002.json"
+    with subprocess.Popen([sys.executable, "-c", WATCH, str(tmp_path)]) as rank:
+        eventually((tmp_path / "lease-000001.json").exists)
+        # What cannot be read, as where a file system or a store refuses for a while.
+        newer.mkdir()
+        time.sleep(3)
+        assert rank.poll() is None
+        newer.rmdir()
+        replace(newer, json.dumps(asdict(Owner("quicker", 1, "1", "other"))).encode())
+        assert rank.wait(20) == LeaseHeldError.exit_code

@@ -1,6 +1,7 @@
 """A build is committed once, by whoever holds its lease."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -16,17 +17,19 @@ from selfalign.core.locations import Location, commit, files_in, read, replace, 
 from selfalign.core.protocols import BuildJob
 from selfalign.core.stage import BuildStage, Built, Context, Log, Place, Resources
 from selfalign.core.store import Artifact
+from selfalign.training import ranks
 
 
 @dataclass(frozen=True)
 class Writes(BuildStage):
-    """Two files; `meanwhile` happens before they are committed."""
+    """Two files, or others; `meanwhile` happens before they are committed."""
 
     name: ClassVar[str] = "toy.writes"
-    meanwhile: Callable[[], None] = field(default=lambda: None)
+    meanwhile: Callable[[], object] = field(default=lambda: None)
+    names: tuple[str, ...] = ("config.json", "deep/weights")
 
     def build(self, context: Context, place: Place, log: Log) -> Built:
-        for name in ("config.json", "deep/weights"):
+        for name in self.names:
             (place.draft / name).parent.mkdir(exist_ok=True)
             (place.draft / name).write_text(name)
         log({"step": 1})
@@ -85,12 +88,44 @@ def test_files_of_a_complete_artifact_stay(artifact: Artifact, job: Callable[...
     assert read(artifact.files / "config.json") == b"theirs"
 
 
-def test_a_rank_besides_the_first_commits_nothing(
+def test_what_a_builder_that_was_lost_under_the_same_lease_left_is_not_committed(
+    artifact: Artifact, job: Callable[..., BuildJob]
+) -> None:
+    def dies() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_build(job(meanwhile=dies, names=("config.json", ".weights.half")), print)
+    done = run_build(job(), print)
+    assert files_in(artifact.files) == sorted(done.files) == ["config.json", "deep/weights"]
+    assert list(scratch(artifact.folder).glob("draft-*")) == []
+
+
+def test_of_two_ranks_that_build_at_the_same_time_the_first_commits_what_it_wrote(
+    artifact: Artifact, job: Callable[..., BuildJob]
+) -> None:
+    seconds = []
+
+    def second_builds() -> None:
+        seconds.append(run_build(job(names=("other",)), print, rank=1).files)
+
+    done = run_build(job(meanwhile=second_builds), print, rank=0)
+    assert seconds == [{}]
+    assert files_in(artifact.files) == sorted(done.files) == ["config.json", "deep/weights"]
+    assert list(scratch(artifact.folder).glob("draft-*")) == []
+
+
+def test_a_process_that_builds_alone_is_no_rank_whatever_its_environment_says(
     artifact: Artifact, job: Callable[..., BuildJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert run_build(job(), print).files == {}
-    assert files_in(artifact.files) == []
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    done = run_build(
+        job(meanwhile=lambda: found.append((ranks.rank(), ranks.size(), "LOCAL_RANK" in os.environ))), print
+    )
+    assert found == [(0, 1, False)]
+    assert files_in(artifact.files) == sorted(done.files) == ["config.json", "deep/weights"]
 
 
 @pytest.mark.usefixtures("impatient")

@@ -5,12 +5,14 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from s3 import S3, Fault
-from selfalign.core import locations
+from selfalign.core import locations, preemption
 from selfalign.core.errors import StorageError, StoreAwayError, UsageError
 from selfalign.core.identity import file_digest
 from selfalign.core.locations import (
@@ -291,6 +293,12 @@ def test_a_store_that_is_back_soon_is_waited_for(s3: S3, fault: Fault) -> None:
         assert read(folder / "there") == b"x"
 
 
+def test_what_a_store_did_not_get_whole_is_sent_again(s3: S3) -> None:
+    folder = s3.folder()
+    s3.fail("cut", lasts=1)
+    assert commit(folder / "shard", b"mine") is True
+
+
 @pytest.mark.parametrize("fault", ["closed", "unavailable"])
 def test_a_store_that_is_away_is_asked_as_often_as_botocore_is_told_in_workers_too(
     s3: S3, impatient: None, monkeypatch: pytest.MonkeyPatch, fault: Fault
@@ -304,6 +312,41 @@ def test_a_store_that_is_away_is_asked_as_often_as_botocore_is_told_in_workers_t
     assert "s3://runs" in worked("read", path)
     # Where no answer comes, the client's own client may ask at once a second time.
     assert 3 <= s3.asked - before <= (6 if fault == "closed" else 3)
+
+
+def test_every_outage_is_waited_for_as_long_as_the_first_by_all_requests_at_once(
+    s3: S3, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selfalign.core import objects
+
+    async def at_once(seconds: float) -> None: ...
+
+    monkeypatch.delenv("AWS_MAX_ATTEMPTS")
+    monkeypatch.setattr(objects, "_pause", at_once)
+    folder = s3.folder()
+    commit(folder / "there", b"x")
+    for _ in range(4):
+        with ThreadPoolExecutor(4) as pool:
+            s3.fail("unavailable", lasts=60)
+            # Each of four may meet 19 of them.
+            assert [*pool.map(read, [folder / "there"] * 4)] == [b"x"] * 4
+
+
+def test_a_process_that_was_asked_to_end_waits_for_no_store(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = s3.folder() / "there"
+    s3.fail("unavailable")
+    reading = ThreadPoolExecutor(1).submit(read, path)
+    time.sleep(1)
+    assert not reading.done()
+    monkeypatch.setattr(preemption, "_ending", True)
+    with pytest.raises(StoreAwayError):
+        reading.result(timeout=5)
+
+
+@pytest.mark.parametrize("name", ["s3://", "s3:///run"])
+def test_no_bucket_is_none(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} names no bucket"):
+        located(name)
 
 
 @pytest.mark.parametrize(("fault", "why"), [("forbidden", "(Access Denied|Forbidden)"), ("none", ".*credentials")])

@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import pytest
 
-from selfalign.core.errors import InternalError
+from selfalign.core import locations, shards
+from selfalign.core.errors import InternalError, PreemptedError
 from selfalign.core.identity import file_digest
 from selfalign.core.lease import Owner
 from selfalign.core.ledger import Ledger
@@ -300,6 +301,58 @@ def test_what_was_ended_on_request_has_not_crashed(tmp_path: Path) -> None:
     once(tmp_path, ends)
     withdraw()
     assert [len(each) for each in left] == [1, 0]
+
+
+def test_what_is_asked_to_end_between_two_batches_has_not_crashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, ["fine"] * 8)
+    seen: list[str] = []
+
+    def asked(path: Location, data: bytes) -> None:
+        if seen:
+            assert entries(tmp_path / "out" / "journal-00000", "*")
+            raise PreemptedError("asked to end")
+        seen.append(path.name)
+        locations.replace(path, data)
+
+    monkeypatch.setattr(shards, "replace", asked)
+    with pytest.raises(PreemptedError):
+        once(tmp_path, plain)
+    assert entries(tmp_path / "out" / "journal-00000", "*") == []
+
+
+def test_an_attempt_shows_that_it_lives_while_a_batch_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, ["fine"])
+    monkeypatch.setattr(shards, "BEAT_S", 0.01)
+
+    def long(rows: Sequence[Document]) -> Iterable[Outcome]:
+        (note,) = (tmp_path / "out" / "journal-00000").glob("*.json")
+        os.utime(note, (0, 0))
+        while note.stat().st_mtime == 0:
+            time.sleep(0.001)
+        return plain(rows)
+
+    once(tmp_path, long)
+
+
+def test_a_journal_that_another_worker_discards_this_moment_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, ["fine"])
+    fsync, gone = os.fsync, list[int]()
+
+    def late(handle: int) -> None:
+        fsync(handle)
+        if not gone:
+            gone.append(handle)
+            locations.remove(tmp_path / "out" / "journal-00000")
+
+    monkeypatch.setattr(os, "fsync", late)
+    assert len(outcomes(once(tmp_path, plain))) == 1
+    assert gone
 
 
 ASIDE = """

@@ -66,7 +66,7 @@ def trial(toy: Toy, root: str, log: Path, environment: Mapping[str, str], sabote
 
 
 def on_ray() -> Backend:
-    """The Ray backend, whose actors die by ray.kill at the word of standard input: every other one for good."""
+    """The Ray backend, whose actors die by ray.kill at the word of standard input."""
     import ray
 
     from selfalign.backends.ray import RayBackend
@@ -75,9 +75,10 @@ def on_ray() -> Backend:
     chance = random.Random(0)
 
     def listen() -> None:
-        for count, _ in enumerate(sys.stdin):
-            if members := list(backend._pool._members):
-                ray.kill(chance.choice(members).actor, no_restart=count % 2 == 0)
+        for _ in sys.stdin:
+            # Three deaths in a row before the step is opened may end it, and should.
+            if members := [member for member in backend._pool._members if member.starting is None]:
+                ray.kill(chance.choice(members).actor)
 
     threading.Thread(target=listen, daemon=True).start()
     return backend

@@ -64,8 +64,9 @@ class Storm:
         return hit
 
     def worker(self, driver: Driver) -> bool:
-        """The process of an actor."""
-        found = [p for node in self.cluster.nodes for p in node.processes() if _title(p).startswith("ray::Worker")]
+        """The process of an actor that has a shard: three deaths in a row before that may end a step, and should."""
+        title = "ray::Worker.shard"
+        found = [p for node in self.cluster.nodes for p in node.processes() if _title(p).startswith(title)]
         if not found:
             return False
         with suppress(psutil.NoSuchProcess):

@@ -460,7 +460,7 @@ def test_a_damaged_shard_is_named(run: Run) -> None:
     folder = whole(run, "x").store.artifact("augment.deduplicate", f"{6:016x}").folder
     shard = folder / "shard-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-9])
-    with pytest.raises(StorageError, match=r"shard-00000\.parquet is damaged"):
+    with pytest.raises(StorageError, match=r"shard-00000\.parquet is not what augment"):
         render(run.view())
 
 

@@ -1,10 +1,11 @@
-"""A pool of Ray actors: an engine an actor, a shard a task. Ray places them and restarts them."""
+"""A pool of Ray actors: an engine an actor, a shard a task. Ray places them."""
 
 import json
 import logging
 import os
 import queue
 import signal
+import textwrap
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,59 +17,59 @@ from typing import Any, TypeAlias
 
 import ray
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError, RuntimeEnvSetupError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, RuntimeEnvSetupError
 
 from selfalign.core import preemption
-from selfalign.core.builds import logged, run_build
+from selfalign.core.builds import Line, hand_on, run_for_driver
 from selfalign.core.errors import InternalError, UsageError
 from selfalign.core.identity import code_digest
+from selfalign.core.locations import reachable
 from selfalign.core.protocols import BuildJob, Committed, MapJob
 from selfalign.core.shards import ShardReport, run_shard, withdraw
-from selfalign.core.stage import Log, Process, Resources, ShardSource
+from selfalign.core.stage import Log, Resources, ShardSource
+from selfalign.core.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
 
 # A shard whose worker dies is handed out again; the journal beside it finds the row that kills, after three deaths
-# a row. This bound only ends what the journal cannot explain (a node that kills every worker at start).
+# a row. This bound only ends what the journal cannot explain.
 DEATHS_PER_SHARD = 1_000
 DEATHS_PER_BUILD = 10
+DEATHS_AT_OPENING = 3
+"""How many workers in a row die in one place of the pool before it counts, unless others have opened the step."""
 SHARDS_IN_FLIGHT = 2
 """An actor has its next shard before it has done with one, so that its GPU does not wait for the driver."""
-LOOK_S, WAIT_S = 0.2, 60.0
+WAIT_S, TELL_S = 60.0, 10.0
 END_S = 5.0
 """How long workers that are ended may take to say that nothing killed them."""
-SAVE_S = 300.0
-"""How long a build that was asked to end may save. A cluster may have less patience."""
 LOST = (RayActorError, OutOfMemoryError)
 """What a task raises whose worker died, or is out of reach."""
 
 # In a list, a reference travels as one: what it stands for is fetched once a step, and not with every shard.
 Held: TypeAlias = "Sequence[Any]"
-Said: TypeAlias = "Committed | Mapping[str, float] | tuple[str, int, str]"
 
 
 class Worker:
-    """What runs inside an actor. It opens a stage once, and its model stays for the steps that come after."""
+    """What runs inside an actor: it opens one step after the other. The model stays where the next has the same."""
 
-    def __init__(self) -> None:
-        self._opened: tuple[Any, MapJob, Process] | None = None
+    def open(self, code: str, step: Held) -> None:
+        """Be ready for a step, a MapJob without its sources or a BuildJob.
 
-    def ready(self, code: str) -> None:
-        """Answer. Raises UsageError where this worker's sources are not the driver's, which have the digest `code`."""
-        if code != code_digest():
-            raise UsageError(
-                f"the worker on {_node()} has other selfalign sources than the driver; give both one image, or the "
-                "driver's sources to the workers by py_modules"
-            )
+        Raises UsageError as `check_fits` does. A model that hangs while it is loaded ends this process.
+        """
+        job: MapJob | BuildJob = ray.get(step[0])
+        check_fits(code, job)
+        self._job, self._process = job, None
+        if isinstance(job, MapJob):
+            with Watchdog(job.stall_minutes * 60).watching(f"{job.artifact.name}, opening its stage"):
+                self._process = job.stage.open(job.context)
 
-    def shard(self, step: Held, number: int, source: ShardSource) -> ShardReport:
-        """Process one shard of a MapJob that came without its sources."""
-        if self._opened is None or self._opened[0] != step[0]:
-            job: MapJob = ray.get(step[0])
-            check_sees(job)
-            self._opened = (step[0], job, job.stage.open(job.context))
-        _, job, process = self._opened
-        return run_shard(job.stage, process, source, job.artifact, number, job.stall_minutes)
+    def shard(self, number: int, source: ShardSource) -> ShardReport:
+        """Process one shard of the step."""
+        job = self._job
+        assert isinstance(job, MapJob)
+        assert self._process is not None
+        return run_shard(job.stage, self._process, source, job.artifact, number, job.stall_minutes)
 
     @ray.method(concurrency_group="meanwhile")  # type: ignore[untyped-decorator]
     def ask(self) -> None:
@@ -86,22 +87,13 @@ class Worker:
         withdraw()
         os._exit(0)
 
-    def build(self, step: Held) -> Iterator[Said]:
-        """Run a build: first what it measures and logs, each as it comes, and last what is committed."""
-        self._opened = None
-        job: BuildJob = ray.get(step[0])
-        check_sees(job)
-        said: queue.Queue[Said | None] = queue.Queue()
-
-        def build() -> Committed:
-            with preemption.delivered():
-                committed = run_build(job, lambda line: said.put(dict(line)))
-                # Done is done: the driver finishes the artifact, and obeys the request itself.
-                preemption.forget()
-                return committed
-
-        with ThreadPoolExecutor(1) as thread, logged(said.put):
-            building = thread.submit(build)
+    def build(self) -> Iterator[Line | Committed]:
+        """Run the build: first what it measures and logs, each as it comes, and last what is committed."""
+        job = self._job
+        assert isinstance(job, BuildJob)
+        said: queue.Queue[Line | None] = queue.Queue()
+        with ThreadPoolExecutor(1) as thread:
+            building = thread.submit(run_for_driver, job, said.put)
             building.add_done_callback(lambda _: said.put(None))
             while (line := said.get()) is not None:
                 yield line
@@ -110,10 +102,14 @@ class Worker:
 
 @dataclass(eq=False)
 class Member:
-    """An actor as the driver sees it. It is given shards while `starting` is None: nobody waits for it to answer."""
+    """An actor as the driver sees it. It is given shards while `starting` is None: it has opened the step.
+
+    `deaths`: how many before it, in a row, died in its place before they had.
+    """
 
     actor: Any
     starting: Any
+    deaths: int = 0
     shards: int = 0
 
 
@@ -124,9 +120,10 @@ class Pool:
         self._code = code
         self._share: tuple[float, float] | None = None
         self._members: list[Member] = []
-        # Ray restarts a worker that died, wherever it can place it. The tasks that it had are the driver's to give
-        # out again: to it, or to others if it is never placed again.
-        self._actor = ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"meanwhile": 1})(Worker)
+        self._step: Held = []
+        self._untold, self._quiet_until = 0, 0.0
+        # A worker that died is replaced, not restarted: so every death is seen, and counted.
+        self._actor = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"meanwhile": 1})(Worker)
 
     def map(self, job: MapJob, done: Callable[[ShardReport], None]) -> None:
         """See `core.protocols.Backend`."""
@@ -134,7 +131,7 @@ class Pool:
         with preemption.delivered(), self._given_back():
             preemption.defer()
             # Those that cannot be placed yet are what an autoscaler adds nodes for.
-            self._ask_for(job.resources, workers.min, min(workers.max, len(job.todo)))
+            self._open(replace(job, sources=(), todo=()), workers.min, min(workers.max, len(job.todo)))
             self._map(job, done)
         self._shrink(workers.min)
 
@@ -142,7 +139,7 @@ class Pool:
         """Run a build in one worker; one that dies is followed by another, which goes on from its checkpoints."""
         with self._given_back():
             preemption.defer()
-            self._ask_for(job.resources, 1, 1)
+            self._open(job, 1, 1)
             return self._build(job, log)
 
     def close(self) -> None:
@@ -168,37 +165,35 @@ class Pool:
             self._members.remove(member)
             ray.kill(member.actor)
 
-    def _ask_for(self, resources: Resources, least: int, number: int) -> None:
-        check_possible(resources, least)
-        share = (resources.cpus, resources.gpus)
+    def _open(self, step: MapJob | BuildJob, least: int, number: int) -> None:
+        """Have `number` workers open a step, those that are there and new ones."""
+        check_possible(step.resources, least)
+        share = (step.resources.cpus, step.resources.gpus)
         self._shrink(number if share == self._share else 0)
-        self._share = share
+        self._share, self._step = share, [ray.put(step)]
+        for member in self._members:
+            member.starting, member.deaths = member.actor.open.remote(self._code, self._step), 0
         while len(self._members) < number:
             self._members.append(self._new())
 
-    def _new(self) -> Member:
+    def _new(self, deaths: int = 0) -> Member:
         assert self._share is not None
         actor = self._actor.options(num_cpus=self._share[0], num_gpus=self._share[1]).remote()
-        return Member(actor, actor.ready.remote(self._code))
-
-    def _answer_again(self, actor: Any) -> Any:
-        """What is there as soon as Ray has restarted the actor."""
-        return actor.ready.options(max_task_retries=-1).remote(self._code)
+        return Member(actor, actor.open.remote(self._code, self._step), deaths)
 
     def _map(self, job: MapJob, done: Callable[[ShardReport], None]) -> None:
-        step = [ray.put(replace(job, sources=(), todo=()))]
         todo, deaths = deque(job.todo), Counter[int]()
         tasks: dict[Any, tuple[Member, int]] = {}
         while todo or tasks:
             for member in self._next_for(len(todo)):
                 number = todo.popleft()
-                tasks[member.actor.shard.remote(step, number, job.sources[number])] = (member, number)
+                tasks[member.actor.shard.remote(number, job.sources[number])] = (member, number)
                 member.shards += 1
             if not todo:
                 self._shrink(job.resources.workers.min)
             ref = self._wait(tasks)
             if ref not in tasks:
-                self._welcome(ref)
+                self._welcome(ref, job.artifact.name)
                 continue
             member, number = tasks.pop(ref)
             member.shards -= 1
@@ -209,7 +204,7 @@ class Pool:
                 if deaths[number] > DEATHS_PER_SHARD:
                     raise InternalError(f"shard {number} of {job.artifact.name} kills every worker: {error}") from error
                 todo.appendleft(number)
-                member.starting = member.starting or self._answer_again(member.actor)
+                self._replace(member, f"at shard {number} of {job.artifact.name}", error)
 
     def _next_for(self, shards: int) -> Iterator[Member]:
         """Who gets the next shards, of so many that are left: nobody a second one that another could soon begin."""
@@ -221,29 +216,23 @@ class Pool:
                     yield member
 
     def _build(self, job: BuildJob, log: Log) -> Committed:
-        step, (member,) = [ray.put(job)], self._members
-        ending = partial(_has_ended, member.actor, [])
         deaths, furthest = 0, -1.0
         while deaths < DEATHS_PER_BUILD:
-            while member.starting is not None:
-                self._welcome(self._wait({}))
+            while self._members[0].starting is not None:
+                self._welcome(self._wait({}), job.artifact.name)
+            (member,) = self._members
+            ending = partial(_has_ended, member.actor, [])
             try:
-                said = member.actor.build.options(num_returns="streaming").remote(step)
-                while True:
-                    match _get(next(_first([said], end=ending))):
-                        case Committed() as committed:
-                            return committed
-                        case (name, level, message):
-                            logging.getLogger(name).log(level, "%s", message)
-                        case line:
-                            log(line)
-                            if line.get("step", -1.0) > furthest:
-                                # It goes on, however often it is lost.
-                                furthest, deaths = line["step"], 0
+                said = member.actor.build.options(num_returns="streaming").remote()
+                while not isinstance(line := _get(next(_first([said], end=ending))), Committed):
+                    hand_on(line, log)
+                    if isinstance(line, Mapping) and line.get("step", -1.0) > furthest:
+                        # It goes on, however often it is lost.
+                        furthest, deaths = line["step"], 0
+                return line
             except LOST as error:
                 lost, deaths = error, deaths + 1
-                _logger.warning("the worker that built %s was lost; another goes on", job.artifact.name)
-                member.starting = self._answer_again(member.actor)
+                self._replace(member, f"while it built {job.artifact.name}", error)
         raise InternalError(
             f"{DEATHS_PER_BUILD} workers died while they built {job.artifact.name}, without a step; the last: {lost}"
         ) from lost
@@ -251,25 +240,49 @@ class Pool:
     def _wait(self, tasks: Mapping[Any, Any]) -> Any:
         """The next thing to happen: a task that ended, or an actor that is there."""
         starting = [member.starting for member in self._members if member.starting is not None]
-        return _first([*tasks, *starting], "" if tasks else "no worker has started yet: has the cluster room for one?")
+        slow = "no worker is ready yet: has the cluster room for one? Or it loads its model still"
+        return _first([*tasks, *starting], "" if tasks else slow)
 
-    def _welcome(self, ref: Any) -> None:
+    def _welcome(self, ref: Any, name: str) -> None:
+        """Somebody has opened the step `name`, or has not."""
         member = next(member for member in self._members if member.starting == ref)
         try:
             _get(ref)
             member.starting = None
         except RuntimeEnvSetupError as error:
             raise UsageError(f"the cluster cannot set up the environment of its workers: {error}") from error
-        except RayActorError as error:
-            if error.actor_init_failed:
+        except LOST as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
                 told = str(error).strip().splitlines()[-1]
                 raise UsageError(f"a worker cannot load selfalign, which every node needs: {told}") from error
-            if isinstance(error, ActorUnavailableError):
-                member.starting = self._answer_again(member.actor)
-                return
-            # One that ended of its own accord (SIGTERM) is not restarted.
-            new = self._new()
-            member.actor, member.starting = new.actor, new.starting
+            nobody_has = all(other.starting is not None for other in self._members)
+            if member.deaths + 1 >= DEATHS_AT_OPENING and nobody_has:
+                raise InternalError(
+                    f"{member.deaths + 1} workers in a row died before they had opened {name}; the last: "
+                    f"{reason(error)}. If memory was short, give a worker more of a node (resources.<section>) or "
+                    "take a smaller or quantised model; what it said last is in Ray's logs on its node"
+                ) from error
+            self._replace(member, f"before it had opened {name}", error)
+
+    def _replace(self, member: Member, when: str, error: Exception) -> None:
+        """Put a new worker in the place of one that was lost."""
+        if member not in self._members:
+            # Its other shard was told first.
+            return
+        self._warn(f"a worker was lost {when}, and is replaced: {reason(error)}")
+        # It may live, out of reach.
+        ray.kill(member.actor)
+        new = self._new(member.deaths + 1 if member.starting is not None else 0)
+        self._members[self._members.index(member)] = new
+
+    def _warn(self, what: str) -> None:
+        """Log a loss, and every few seconds one of many."""
+        self._untold += 1
+        if (now := time.monotonic()) < self._quiet_until:
+            return
+        more = f" ({self._untold} were lost since this was last said)" if self._untold > 1 else ""
+        _logger.warning("%s%s", what, more)
+        self._untold, self._quiet_until = 0, now + TELL_S
 
 
 def check_possible(resources: Resources, least: int) -> None:
@@ -316,13 +329,13 @@ def _first(refs: Sequence[Any], slow: str = "", end: Callable[[], bool] = lambda
     """
     looks = 0
     while True:
-        ended, _ = ray.wait(refs, timeout=LOOK_S)
+        ended, _ = ray.wait(refs, timeout=preemption.LOOK_S)
         if preemption.asked() and end():
             preemption.deliver()
         if ended:
             return ended[0]
         looks += 1
-        if slow and looks == WAIT_S // LOOK_S:
+        if slow and looks == WAIT_S // preemption.LOOK_S:
             _logger.warning(slow)
 
 
@@ -335,7 +348,7 @@ def _has_ended(worker: Any, asked: list[float]) -> bool:
         asked.append(time.monotonic())
         worker.ask.remote()
     passed_s = time.monotonic() - asked[0]
-    return passed_s > SAVE_S or (passed_s > preemption.PATIENCE_S and ray.get(worker.overlooks.remote()))
+    return passed_s > preemption.SAVE_S or (passed_s > preemption.PATIENCE_S and ray.get(worker.overlooks.remote()))
 
 
 def _get(ref: Any) -> Any:
@@ -345,8 +358,22 @@ def _get(ref: Any) -> Any:
         raise error.cause from error
 
 
-def check_sees(job: MapJob | BuildJob) -> None:
-    """Raise UsageError where this worker's run folder is another than the driver's, by the same name."""
+def reason(error: Exception) -> str:
+    """What Ray says of a loss, in one line."""
+    return textwrap.shorten(str(error), 600).rstrip(".")
+
+
+@reachable()
+def check_fits(code: str, job: MapJob | BuildJob) -> None:
+    """Raise UsageError where this worker's sources or its run folder are others than the driver's.
+
+    The driver's sources have the digest `code`.
+    """
+    if code != code_digest():
+        raise UsageError(
+            f"the worker on {_node()} has other selfalign sources than the driver; give both one image, or the "
+            "driver's sources to the workers by py_modules"
+        )
     if job.driver is not None and not job.driver.exists():
         raise UsageError(
             f"the worker on {_node()} does not see what the driver writes to {job.driver.parent.parent}; put the run "

@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from selfalign.backends.ray_pool import Worker, check_possible, check_sees
+from selfalign.backends.ray_pool import check_fits, check_possible, reason
 from selfalign.core import preemption
-from selfalign.core.builds import as_ours, logged, run_build
+from selfalign.core.builds import Line, as_ours, hand_on, run_for_driver
 from selfalign.core.errors import (
     InternalError,
     LeaseHeldError,
@@ -34,19 +35,15 @@ from selfalign.core.stage import Log
 
 _logger = logging.getLogger(__name__)
 
-LOOK_S = 0.2
 WATCH_S = 2.0
-SAVE_S = 300
-"""How long ranks that were asked to end may save. A cluster may have less patience."""
 END_S = 60
 """How long Ray Train may take to end what has failed. What it does not end in time leaves its room taken."""
 ROOM_S = 60
 """After how long without ranks it is said that they wait."""
+PATIENCE_S = 10**7
+"""For how long they may."""
 IN_VAIN = 5
-"""How often the ranks are started without one further step before it is given up."""
-
-Line: TypeAlias = Mapping[str, float] | tuple[str, int, str]
-"""Figures, or a log record: its logger, level and message."""
+"""How often the ranks may be lost without one further step before it is given up."""
 
 
 def build_ranks(job: BuildJob, processes: int, code: str, log: Log) -> Committed:
@@ -102,23 +99,19 @@ def _follow(group: Any, running: Any, log: Log) -> None:
     """Hand on what rank 0 logs, and to the ranks a request to end, until they have ended. Raises what ended them."""
     ended, asked_at, failed_at = False, float("inf"), float("inf")
     while not ended:
-        ended = bool(ray.wait([running], timeout=LOOK_S)[0])
+        ended = bool(ray.wait([running], timeout=preemption.LOOK_S)[0])
         now = time.monotonic()
         if asked_at > now and preemption.asked():
             asked_at = now
             ray.get(group.ask.remote())
         lines, error, begun = ray.get(group.heard.remote())
         for line in lines:
-            match line:
-                case (name, level, message):
-                    logging.getLogger(name).log(level, "%s", message)
-                case figures:
-                    log(figures)
+            hand_on(line, log)
         if error is not None:
             failed_at = min(failed_at, now)
             if ended or now > failed_at + END_S:
                 raise error
-        elif now > asked_at + (SAVE_S if begun else 0):
+        elif now > asked_at + (preemption.SAVE_S if begun else 0):
             preemption.deliver()
 
 
@@ -133,31 +126,18 @@ class Group:
         self._lines: list[Line] = []
         self._error: SelfalignError | None = None
         self._asked, self._begun, self._waits_from = False, False, time.monotonic()
-        self._starts, self._in_vain, self._step = 0, 0, -1.0
-        self._lost = ""
+        self._in_vain, self._step = 0, -1.0
 
     async def run(
         self, job: BuildJob, processes: int, strategy: str, code: str, storage: str
     ) -> Committed | PreemptedError:
-        """What rank 0 returned. Raises InternalError where Ray Train gives up."""
+        """What rank 0 returned."""
         me = ray.get_runtime_context().current_actor
         return await asyncio.to_thread(_fit, me, job, processes, strategy, code, storage)
 
     async def begin(self, rank: int) -> SelfalignError | None:
         """A rank is there. Returns the error that it must raise, since the build has failed for good."""
-        if rank == 0:
-            self._begun = True
-            self._starts += 1
-            self._in_vain += 1
-            if self._starts > 1:
-                self._note(f"the ranks were started again, after {self._lost}")
-            if self._in_vain > IN_VAIN:
-                await self.fail(
-                    InternalError(
-                        f"the ranks were started {IN_VAIN} times without one further step, the last time they ended "
-                        f"with {self._lost}; their output is in Ray's logs"
-                    )
-                )
+        self._begun = self._begun or rank == 0
         return self._error
 
     async def say(self, line: Line) -> None:
@@ -170,9 +150,23 @@ class Group:
         """The build has failed, and is not tried again. The first error counts, those of the others follow from it."""
         self._error = self._error or error
 
-    async def lose(self, why: str) -> bool:
-        """Ranks are lost. Returns whether they are to be started anew."""
-        self._lost, self._begun, self._waits_from = why, False, time.monotonic()
+    async def lose(self, why: str, taken: bool = False) -> bool:
+        """Ranks are lost. Returns whether they are to be started anew.
+
+        `taken`: with a node that is taken away, which says nothing about them, and which Ray Train tells repeatedly.
+        """
+        if not taken:
+            self._in_vain += 1
+        if self._in_vain >= IN_VAIN:
+            await self.fail(
+                InternalError(
+                    f"the ranks were lost {IN_VAIN} times without one further step, the last time by {why}; their "
+                    "output is in Ray's logs"
+                )
+            )
+        elif self._begun or not taken:
+            self._note(f"the ranks are started again, after {why}")
+        self._begun, self._waits_from = False, time.monotonic()
         return self._error is None
 
     async def ask(self) -> None:
@@ -187,7 +181,10 @@ class Group:
         """What was said since this was last called, the error that ends the build, and whether there are ranks."""
         if not self._begun and time.monotonic() > self._waits_from + ROOM_S:
             self._waits_from = float("inf")
-            self._note("the ranks wait: the cluster has no room for them at present, or is slow to start them")
+            self._note(
+                "the ranks have not begun: the cluster has no room for them at present, is slow to start them, or they "
+                "die as they start, of which Ray's logs say more"
+            )
         lines, self._lines = self._lines, []
         return lines, self._error, self._begun
 
@@ -203,12 +200,16 @@ def _fit(
 
     class Lost(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            if not ray.get(group.lose.remote(_summary(worker_exceptions))):
+            why = [getattr(error, "health_check_failure", error) for error in worker_exceptions.values()]
+            taken = any(isinstance(error, RayActorError) and error.preempted for error in why)
+            if not ray.get(group.lose.remote(_summary(worker_exceptions), taken)):
                 # Ray Train would start the ranks anew. What a callback raises ends them, and frees their room.
                 raise InternalError("the build has failed")
 
     # Paths in the job may be relative.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    # Ranks for which there is no room wait, and have not failed to start.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(PATIENCE_S)
     gpu = job.resources.gpus > 0
     trainer = TorchTrainer(
         partial(_rank, group, code, job),
@@ -220,13 +221,30 @@ def _fit(
             placement_strategy=strategy,
         ),
         # Only this node looks at the storage, since nothing is reported to Ray Train: checkpoints are the build's.
-        run_config=RunConfig(storage_path=storage, failure_config=FailureConfig(max_failures=-1), callbacks=[Lost()]),
+        run_config=RunConfig(
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=0),
+            callbacks=[Lost()],
+        ),
     )
-    try:
-        committed: Committed | PreemptedError = trainer.fit().return_value
-    except TrainingFailedError as error:
-        raise InternalError(f"Ray Train gave up {job.artifact.name}: {error}") from error
-    return committed
+    others = _rooms()
+    while True:
+        try:
+            committed: Committed | PreemptedError = trainer.fit().return_value
+            return committed
+        except TrainingFailedError as error:
+            # The room of ranks that died as they were started is taken as long as this job lasts (Ray 2.60).
+            for room in _rooms() - others:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(room))))
+            # Counted by us, since Ray Train would go on counting after a further step.
+            if not ray.get(group.lose.remote(reason(error))):
+                raise
+
+
+def _rooms() -> set[str]:
+    """The placement groups of this job, in whose number each ends."""
+    job = ray.get_runtime_context().get_job_id()
+    return {name for name, room in placement_group_table().items() if name.endswith(job) and room["state"] != "REMOVED"}
 
 
 def _summary(errors: Mapping[int, Exception]) -> str:
@@ -250,13 +268,8 @@ def _rank(group: Any, code: str, job: BuildJob) -> Committed | PreemptedError:
         raise failed
     threading.Thread(target=_watch, args=(group, job.lease), daemon=True).start()
     try:
-        Worker().ready(code)
-        check_sees(job)
-        with preemption.delivered(), logged(say):
-            committed = run_build(job, lambda figures: say(dict(figures)))
-            # Done is done: the driver finishes the artifact, and obeys the request itself.
-            preemption.forget()
-            return committed
+        check_fits(code, job)
+        return run_for_driver(job, say, mine)
     except PreemptedError as error:
         # Returned, since Ray Train starts anew what raises.
         return error

@@ -1,7 +1,6 @@
 """A build in several processes of this machine, launched by torchrun: `python -m selfalign.backends.torchrun JOB`."""
 
 import json
-import logging
 import os
 import pickle
 import subprocess
@@ -9,13 +8,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from selfalign.core import preemption
-from selfalign.core.builds import as_ours, logged, run_build
+from selfalign.core.builds import Line, as_ours, hand_on, run_for_driver
 from selfalign.core.errors import (
     InternalError,
     LeaseHeldError,
@@ -28,12 +26,6 @@ from selfalign.core.locations import scratch
 from selfalign.core.protocols import BuildJob, Committed
 from selfalign.core.stage import Log
 
-_logger = logging.getLogger(__name__)
-
-LOOK_S = 0.2
-SAVE_S = 300
-"""How long ranks that were asked to end may save, and how long those may hang whose peer failed. A
-cluster may have less patience."""
 JOB, LINES, BUILT = "job", "lines.jsonl", "built"
 
 
@@ -46,17 +38,21 @@ def launch(job: BuildJob, processes: int, log: Log) -> Committed:
     kept = scratch(job.artifact.kept)
     kept.mkdir(parents=True, exist_ok=True)
     output = kept / "ranks.log"
-    with tempfile.TemporaryDirectory(dir=kept, prefix="launch-") as name, output.open("ab") as file:
+    # Elsewhere: of an object store's artifact, what is kept on this machine goes when its files are committed.
+    with tempfile.TemporaryDirectory(prefix="selfalign-launch-") as name, output.open("ab") as file:
         folder = Path(name)
         (folder / JOB).write_bytes(pickle.dumps(job))
         (folder / LINES).touch()
         # Slurm sends SIGUSR1 to every process of a step, and whatever does not handle it dies of it.
         signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-        patience = f"--shutdown-timeout={SAVE_S}"
+        # Those have it, too, that hang because a peer failed.
+        patience = f"--shutdown-timeout={preemption.SAVE_S}"
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", signals, patience]
         command = [sys.executable, "-m", *torchrun, "--module", __name__, str(folder / JOB)]
-        # torchrun warns of what it then sets itself.
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        # torchrun warns of what it then sets itself, and takes its other settings from PET_*, which pods of training
+        # operators have: it would wait for nodes that never come.
+        given = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+        environment = {"OMP_NUM_THREADS": "1", **given}
         preemption.defer()
         process = subprocess.Popen(
             # A session of its own: what the keyboard interrupts is this process, which lets the ranks save.
@@ -104,13 +100,10 @@ def _follow(process: "subprocess.Popen[bytes]", lines: IO[str], log: Log) -> Non
             unfinished += line
             if not line.endswith("\n"):
                 continue
-            said, unfinished = json.loads(unfinished), ""
-            if "figures" in said:
-                log(said["figures"])
-            else:
-                logging.getLogger(said["logger"]).log(said["level"], "%s", said["message"])
+            hand_on(json.loads(unfinished), log)
+            unfinished = ""
         if running:
-            time.sleep(LOOK_S)
+            time.sleep(preemption.LOOK_S)
 
 
 def main(path: Path) -> int:
@@ -121,18 +114,14 @@ def main(path: Path) -> int:
     mine = int(os.environ["RANK"])
     with (path.parent / LINES).open("a", buffering=1) as lines:
 
-        def say(line: Mapping[str, object]) -> None:
+        def say(line: Line) -> None:
             if mine == 0:
                 lines.write(json.dumps(line) + "\n")
 
-        def log(record: tuple[str, int, str]) -> None:
-            say(dict(zip(("logger", "level", "message"), record, strict=True)))
-
         try:
-            with preemption.delivered(), logged(log):
-                committed = run_build(job, lambda figures: say({"figures": dict(figures)}))
-                if mine == 0:
-                    _write(path.parent / BUILT, committed)
+            committed = run_for_driver(job, say, mine)
+            if mine == 0:
+                _write(path.parent / BUILT, committed)
         except (SelfalignError, OSError) as error:
             told = as_ours(error)
             _write(path.parent / f"error-{mine}", told)
@@ -151,8 +140,8 @@ def _end_without(lease: Lease) -> None:
     held = True
     while held:
         time.sleep(2)
-        # A store that is away says nothing about it.
-        with suppress(ServiceError):
+        # A store that is away, or refuses, says nothing about it.
+        with suppress(ServiceError, OSError):
             held = lease.is_held()
     os._exit(LeaseHeldError.exit_code)
 

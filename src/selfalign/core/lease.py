@@ -101,7 +101,7 @@ def lease(folder: Location, wait: bool, say: Callable[[str], None]) -> Iterator[
         pass
     # The last number stays, given back: it must not be taken by one who looked before. After the last beat, which would
     # bring it to life again.
-    with _then(lambda: replace(mine, b"{}")), heartbeat(lambda: touch(mine)):
+    with _then(lambda: replace(mine, b"{}")), heartbeat(lambda: touch(mine), HEARTBEAT_S):
         yield Lease(mine, me)
 
 
@@ -140,12 +140,12 @@ def _number(path: Location) -> int:
 
 
 @contextmanager
-def heartbeat(beat: Callable[[], None]) -> Iterator[None]:
-    """Give a sign of life every few seconds while the block runs."""
+def heartbeat(beat: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Give a sign of life every so many seconds while the block runs."""
     done = threading.Event()
 
     def beats() -> None:
-        while not done.wait(HEARTBEAT_S):
+        while not done.wait(every_s):
             # A beat may fail, on a network file system say; the next one counts.
             with suppress(OSError, SelfalignError):
                 beat()
@@ -190,7 +190,7 @@ def presence(folder: Location, say: Callable[[str], None]) -> Iterator[Location]
         replace(mine, json.dumps(asdict(me)).encode())
 
     announce()
-    with _then(lambda: mine.unlink(missing_ok=True)), heartbeat(announce):
+    with _then(lambda: mine.unlink(missing_ok=True)), heartbeat(announce, HEARTBEAT_S):
         yield mine
 
 

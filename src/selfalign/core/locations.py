@@ -32,7 +32,9 @@ else:
 _CLIENTS = ("botocore.", "aiobotocore.", "aiohttp.", "fsspec.")
 # By their names: the client's library is loaded for a run folder that needs it.
 _ON_THE_WAY = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ChecksumError", "FlexibleChecksumError"}
-_ON_THE_WAY |= {"CredentialRetrievalError"}
+_ON_THE_WAY |= {"CredentialRetrievalError", "MetadataRetrievalError"}
+# What a store says, as if the request were wrong, of one that it did not get whole.
+_BROKEN_OFF = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
 _CONFLICTS = 5
 # Copies of files in object stores that this process has compared with their digests.
 _compared: set[Path] = set()
@@ -51,14 +53,15 @@ def located(name: str) -> Location:
         from selfalign.core.objects import ObjectPath
     except ImportError as error:
         raise UsageError(f"{name} needs the extra `s3`: {error}; pip install -e '.[s3]' in the checkout") from error
-    # Others write there too, so that what was listed before says nothing. And botocore lets a client try again some 100
-    # times in all, which the parts of a file that go at once have to share.
-    location = ObjectPath(name, use_listings_cache=False, max_concurrency=5)
+    if not rest.partition("/")[0]:
+        raise UsageError(f"{name} names no bucket: s3://BUCKET/FOLDER")
+    # Others write there too, so that what was listed before says nothing.
+    location = ObjectPath(name, use_listings_cache=False)
     try:
         with reachable():
             location.fs.connect()
     except ValueError as error:
-        raise UsageError(f"{name}: {error} (AWS_ENDPOINT_URL, or the profile's endpoint_url)") from error
+        raise UsageError(f"{name}: {error} (AWS_ENDPOINT_URL, AWS_MAX_ATTEMPTS, or the profile's)") from error
     return location
 
 
@@ -89,14 +92,21 @@ def _status(error: BaseException | None) -> int:
     return response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(response, dict) else 0
 
 
-def _is_refused(error: Any) -> bool:
-    """Whether a client's error stays until the user has changed something."""
+def will_pass(error: Any) -> bool:
+    """Whether a client's error may be gone when it tries again."""
     if status := _status(error):
-        code = error.response["Error"]["Code"]
-        return code == "NoSuchBucket" or (status in (301, 400, 401, 403, 501) and code != "RequestTimeout")
+        return status in (429, 500, 502, 503, 504) or error.response["Error"]["Code"] in _BROKEN_OFF
     kinds = {kind.__name__ for kind in type(error).__mro__}
     # What else the client says by itself is about its settings: no keys, no such profile, an impossible bucket.
-    return "BotoCoreError" in kinds and not kinds & _ON_THE_WAY
+    return "BotoCoreError" not in kinds or bool(kinds & _ON_THE_WAY)
+
+
+def _is_refused(error: Any) -> bool:
+    """Whether a client's error stays until the user has changed something."""
+    if will_pass(error):
+        return False
+    status = _status(error)
+    return not status or error.response["Error"]["Code"] == "NoSuchBucket" or status in (301, 400, 401, 403, 501)
 
 
 @contextmanager

@@ -10,12 +10,17 @@ from selfalign.core.errors import PreemptedError
 
 PATIENCE_S = 12.0
 """How long a request waits for somebody to look. A cluster gives half a minute or so, and saving takes its part."""
+SAVE_S = 300
+"""How long a build in other processes that was asked to end may save. A cluster may have less patience."""
+LOOK_S = 0.2
+"""How often a driver looks whether it was asked, while others work."""
 
 _asked: int | None = None
 _delivers = False
 _deferred = False
 _looks = True
 _looked = False
+_ending = False
 
 
 def handle() -> None:
@@ -23,6 +28,8 @@ def handle() -> None:
 
     The keyboard's stays KeyboardInterrupt, and raises it at once when it comes a second time.
     """
+    global _ending
+    _ending = False
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, _received)
     signal.signal(signal.SIGALRM, _nobody_looked)
@@ -89,6 +96,11 @@ def delivered() -> Iterator[None]:
     deliver()
 
 
+def is_ending() -> bool:
+    """Whether this process obeys a request to end, so that it must not wait for long any more."""
+    return _ending
+
+
 def forget() -> None:
     """Drop a request that waits: somebody else obeys it."""
     global _asked, _deferred
@@ -124,10 +136,14 @@ def unsaved() -> PreemptedError:
 
 
 def _nobody_looked(_: int, __: FrameType | None) -> None:
+    global _ending
+    _ending = True
     raise unsaved()
 
 
 def _error(number: int) -> PreemptedError | KeyboardInterrupt:
+    global _ending
+    _ending = True
     if number == signal.SIGINT:
         return KeyboardInterrupt()
     return PreemptedError(f"stopped by {signal.Signals(number).name}; the same command goes on from here")

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from selfalign.core.errors import InternalError, is_out_of_memory
+from selfalign.core.errors import InternalError, StorageError, is_out_of_memory
 from selfalign.core.identity import file_digest
-from selfalign.core.lease import Owner, is_abandoned
+from selfalign.core.lease import Owner, heartbeat, is_abandoned
 from selfalign.core.ledger import Ledger
 from selfalign.core.locations import Location, commit, entries, reachable, read, remove, replace
 from selfalign.core.records import Outcome, quarantined
@@ -23,6 +25,8 @@ from selfalign.core.watchdog import Watchdog
 # the same bytes again; then its rows run alone, once. So a row that kills its worker does so three times in all.
 WHOLE_TRIES = 2
 ALONE_TRIES = 1
+BEAT_S = 20.0
+"""How often an attempt shows that it lives, to those who cannot ask: after a minute without they take it for dead."""
 
 
 class Journal:
@@ -35,27 +39,53 @@ class Journal:
     def __init__(self, folder: Location, stall_minutes: float) -> None:
         self.folder, self._me = folder, Owner.this_process()
         self._mine = folder / f"{self._me.token}.json"
+        self._in_flight: str | None = None
+        self._lock = threading.Lock()
         self._watchdog = Watchdog(stall_minutes * 60)
         self.deaths = Counter(filter(None, map(_died_of, entries(folder, "*.json"))))
 
     def run(self, key: str, process: Process, rows: Sequence[Any]) -> list[Outcome]:
-        """Process rows. What is noted as in flight stays so until the next `run`, or `land`."""
-        global _in_flight
-        replace(self._mine, json.dumps({"owner": asdict(self._me), "in_flight": key}).encode())
-        _in_flight = self
+        """Process rows. They stay noted as in flight until the next `run`, or until `land`."""
+        with self._lock:
+            self._in_flight = key
+            self._note()
+        with self._watchdog.watching(f"{self.folder.parent.name}, {self.folder.name}, {key}"):
+            return list(process.run(rows))
+
+    @contextmanager
+    def landing(self) -> Iterator[None]:
+        """Around an attempt: it says that it lives, and when it ends, in whatever way, nothing has crashed.
+
+        Only a process that dies does not come to that.
+        """
+        global _under_way
+        _under_way = self
         try:
-            with self._watchdog.watching(f"{self.folder.parent.name}, {self.folder.name}, {key}"):
-                return list(process.run(rows))
-        except BaseException:
-            # An exception is no crash.
-            self.land()
-            raise
+            with heartbeat(self._beat, BEAT_S):
+                yield
         finally:
-            _in_flight = None
+            _under_way = None
+            self.land()
 
     def land(self) -> None:
         """Nothing is in flight any more."""
-        self._mine.unlink(missing_ok=True)
+        with self._lock:
+            if self._in_flight is not None:
+                self._in_flight = None
+                self._mine.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        with self._lock:
+            if self._in_flight is not None:
+                self._note()
+
+    def _note(self) -> None:
+        noted = json.dumps({"owner": asdict(self._me), "in_flight": self._in_flight}).encode()
+        try:
+            replace(self._mine, noted)
+        except StorageError:
+            # Another worker has committed the shard this moment, and discarded the folder.
+            replace(self._mine, noted)
 
     def discard(self) -> None:
         """Of a shard that is committed nobody asks any more."""
@@ -73,13 +103,13 @@ def _died_of(attempt: Location) -> str | None:
         return None
 
 
-_in_flight: Journal | None = None
+_under_way: Journal | None = None
 
 
 def withdraw() -> None:
     """This process is about to be ended on request, from any thread: what is in flight has not killed it."""
-    if _in_flight is not None:
-        _in_flight.land()
+    if (journal := _under_way) is not None:
+        journal.land()
 
 
 @dataclass(frozen=True)
@@ -111,8 +141,8 @@ def run_shard(
     started, tokens = time.monotonic(), process.tokens()
     rows = input_rows(stage, source)
     journal = Journal(artifact.folder / f"journal-{number:05d}", stall_minutes)
-    outcomes = _outcomes(stage, process, rows, journal)
-    journal.land()
+    with journal.landing():
+        outcomes = _outcomes(stage, process, rows, journal)
     ids = Counter(outcome.id for outcome in outcomes)
     if len(ids) != len(outcomes):
         raise InternalError(f"{artifact.name} shard {number}: id {ids.most_common(1)[0][0]!r} came out twice")

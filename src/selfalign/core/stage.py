@@ -256,8 +256,9 @@ class Built:
 class Place:
     """Where a build works, in one process or in several.
 
-    What is written into `draft` becomes the artifact's files. What is in `kept` outlives a build that ends early, until
-    the artifact is complete: before anything is committed there, `lease` must have been checked.
+    What is written into `draft` becomes the artifact's files; of several processes each has its own, and that of rank
+    0 counts. What is in `kept` outlives a build that ends early, until the artifact is complete: before anything is
+    committed there, `lease` must have been checked.
     """
 
     draft: Path
@@ -277,7 +278,7 @@ class BuildStage(Stage):
 
     @abstractmethod
     def build(self, context: Context, place: Place, log: Log) -> Built:
-        """Write the files into `place.draft`. Of several processes that build, the result of rank 0 counts."""
+        """Write the files into `place.draft`. Of several processes that build, the files and result of rank 0 count."""
 
 
 @dataclass(frozen=True)

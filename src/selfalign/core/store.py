@@ -2,7 +2,7 @@
 
 ```
 run.json  recipe.json  artifacts/<stage>-<identity>/{shard-00000.parquet … | files/}  metrics.jsonl  manifest.json
-                       while a build is under way: lease-000001.json  draft-<token>/  kept/ (checkpoints)
+                       while a build is under way: lease-000001.json  draft-<token>-…/  kept/ (checkpoints)
 ```
 
 It lies on a file system or in an object store (`core.locations`). There metrics come in several files, and what is not

@@ -25,10 +25,10 @@ _FURTHER = re.compile(r"/[1-9]\d{0,5}$")
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of a complete artifact, whose manifest gives the SHA-256."""
+    """A shard, and its SHA-256 where a manifest gives it."""
 
     path: Location
-    sha256: str
+    sha256: str | None
 
 
 def schema(record: type[Record]) -> "pa.Schema":

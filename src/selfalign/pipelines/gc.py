@@ -22,9 +22,9 @@ _logger = logging.getLogger(__name__)
 _ARTIFACT = re.compile(r"[a-z_]+(\.[a-z_]+)?-[0-9a-f]{16}")
 _DRAFT = re.compile(r"\.[\w.-]+\.(json|parquet|html)\.[0-9a-f]{12}")
 _GOING = re.compile(r"\.[\w.-]+\.gone\.[0-9a-f]{12}")
-_JOURNAL = re.compile(r"journal-(\d{5,})")
+_JOURNAL = re.compile(r"journal-(\d{5,})(\.jsonl?)?")
 _LEASE = re.compile(r"lease(-\d{6,})?\.json")
-_PART = re.compile(r"manifest\.json|metrics\.jsonl|shard-\d{5,}\.parquet|files|kept|draft-[0-9a-f]+")
+_PART = re.compile(r"manifest\.json|metrics\.jsonl|shard-\d{5,}\.parquet|files|kept|draft-[0-9a-f-]+")
 _OBJECTS_STAY = (
     "%s: its objects stay: a folder of them cannot be set aside whole, and the next run might count on half of it. "
     "Nobody needs artifacts that run.json does not name, kept/ beside a manifest.json, and drivers/ when nobody works "
@@ -122,7 +122,7 @@ def _within(folder: Path) -> Iterator[Garbage]:
     shards = {path.name for path in artifact.shards()}
     for path in _entries(folder):
         journal = _JOURNAL.fullmatch(path.name)
-        if journal and path.is_dir() and artifact.shard(int(journal[1])).name in shards:
+        if journal and artifact.shard(int(journal[1])).name in shards:
             yield _garbage(path, "a journal of a shard that is complete")
         elif path.is_dir() and path.name.startswith("draft-"):
             yield _garbage(path, "a build that was not finished")

@@ -319,6 +319,8 @@ class Runner:
         try:
             job = BuildJob(stage, context, self.artifact(step), held, step.resources, self._driver)
             done = self.backend.build(job, log)
+        except StoreAwayError:
+            raise
         except SelfalignError:
             # What it took so far, since another attempt goes on from there.
             measured.add({"tokens": 0, "seconds": time.monotonic() - started})

@@ -23,8 +23,8 @@ def batches(
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    for shard in step.artifact.shards():
-        with _readable(shard), opened(shard) as file:
+    for shard in step.shards():
+        with _readable(shard.path), opened(shard.path, shard.sha256) as file:
             wanted = dict.fromkeys(["id", "outcome", *columns])
             names = [name for name in wanted if name in file.schema_arrow.names]
             for batch in file.iter_batches(size, columns=names, use_threads=False):
@@ -38,8 +38,8 @@ def rows_by_id(step: StepView, ids: Sequence[str], columns: Sequence[str]) -> di
 
     found: dict[str, dict[str, Any]] = {}
     wanted = pa.array(ids, pa.string())
-    for shard in step.artifact.shards() if ids else ():
-        with _readable(shard), opened(shard) as file:
+    for shard in step.shards() if ids else ():
+        with _readable(shard.path), opened(shard.path, shard.sha256) as file:
             these = pc.is_in(file.read(["id"], use_threads=False)["id"], value_set=wanted)
             # Most shards hold none of them.
             if pc.any(these).as_py():

@@ -11,7 +11,7 @@ from selfalign.core.lease import anyone_present
 from selfalign.core.locations import Location, read
 from selfalign.core.records import Dropped, Record
 from selfalign.core.store import Artifact, Manifest
-from selfalign.core.tables import read_outcomes
+from selfalign.core.tables import Shard, read_outcomes
 
 R = TypeVar("R", bound=Record)
 
@@ -41,14 +41,16 @@ class StepView:
         """Name and arm."""
         return self.name if self.arm is None else f"{self.name} [{self.arm}]"
 
+    def shards(self) -> list[Shard]:
+        """Those that are there; where there is a manifest, those that it names."""
+        if self.manifest is None:
+            return [Shard(path, None) for path in self.artifact.shards()]
+        return self.artifact.committed()
+
     def outcomes(self, record: type[R]) -> Iterator[R | Dropped]:
         """All rows, the dropped ones too."""
-        if self.manifest is None:
-            for path in self.artifact.shards():
-                yield from read_outcomes(path, record)
-        else:
-            for shard in self.artifact.committed():
-                yield from read_outcomes(shard.path, record, shard.sha256)
+        for shard in self.shards():
+            yield from read_outcomes(shard.path, record, shard.sha256)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The rows of a JSONL file among its files."""

@@ -291,7 +291,7 @@ def _watch(group: Any, lease: Lease) -> None:
             if overlooked_s > preemption.PATIENCE_S:
                 raise preemption.unsaved()
             # Where the store is away for a while, nobody takes over either.
-            with suppress(ServiceError, OSError):
+            with suppress(SelfalignError, OSError):
                 held = lease.is_held()
         lease.check()
     except (LeaseHeldError, PreemptedError) as error:

@@ -19,7 +19,6 @@ from selfalign.core.errors import (
     LeaseHeldError,
     PreemptedError,
     SelfalignError,
-    ServiceError,
 )
 from selfalign.core.lease import Lease
 from selfalign.core.locations import scratch
@@ -141,7 +140,7 @@ def _end_without(lease: Lease) -> None:
     while held:
         time.sleep(2)
         # A store that is away, or refuses, says nothing about it.
-        with suppress(ServiceError, OSError):
+        with suppress(SelfalignError, OSError):
             held = lease.is_held()
     os._exit(LeaseHeldError.exit_code)
 

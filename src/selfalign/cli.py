@@ -315,6 +315,8 @@ def _size(size: float) -> str:
 
 
 def _folder(arguments: Arguments) -> "Location | None":
+    if arguments.run == "":
+        raise UsageError("--run is empty; name a folder, or leave it out for runs/NAME")
     return located(arguments.run) if arguments.run else None
 
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -28,7 +29,7 @@ _OURS = frozenset({"dev", "bench"})
 _NAMED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 # The oldest NVIDIA driver that runs each generation of CUDA (its release notes, "minor version compatibility").
 _DRIVERS = {11: 450, 12: 525, 13: 580}
-_PORTS = {"http": 80, "https": 443, "ray": 10001}
+_PORTS = {"http": 80, "https": 443}
 _ENCODED = " (in a password / is %2F, @ is %40, ? is %3F, # is %23, [ is %5B)"
 
 
@@ -440,10 +441,11 @@ def service(variable: str) -> Check:
         return Check(
             "ray", "fail", f"{variable} is set and Ray is not installed", "pip install -e '.[ray]' in the checkout"
         )
-    if name == "ray" and ":" in address and "://" not in address:
-        # Ray's own form is host:port.
-        address = f"ray://{address}"
-    url = _url(address)
+    if name == "ray" and address == "local":
+        return Check(name, "ok", "each run starts Ray for itself")
+    # Ray's own form is host:port, and a run takes no other.
+    is_form = name != "ray" or re.fullmatch(r"[^/@]+:\d+", address)
+    url = _url(address if name != "ray" else f"ray://{address}") if is_form else None
     if url is None or (name == "mlflow" and not _is_place(address)) or (url.scheme in _PORTS and not url.hostname):
         form = "HOST:PORT" if name == "ray" else "http://HOST:PORT or to a folder that is there"
         return Check(name, "fail", f"{variable} is no address", f"unset it, or set it to {form}{_ENCODED}")

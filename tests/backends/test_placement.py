@@ -199,14 +199,17 @@ def test_asked_to_end_it_ends_in_the_midst_of_a_shard(
     wait_for(lambda: not any(psutil.pid_exists(int(path.name)) for path in meeting.iterdir()))
 
 
-def test_a_build_that_is_asked_to_end_saves_itself_first(backend: RayBackend, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_build_that_is_asked_to_end_saves_itself_first(
+    backend: RayBackend, tmp_path: Path, number: signal.Signals
+) -> None:
     with (
         handled(),
         build_job(Saving(), tmp_path / "step", Resources()) as job,
-        pytest.raises(PreemptedError),
+        pytest.raises(PreemptedError if number == signal.SIGTERM else KeyboardInterrupt),
         preemption.delivered(),
     ):
-        backend.build(job, lambda line: os.kill(os.getpid(), signal.SIGTERM))
+        backend.build(job, lambda line: os.kill(os.getpid(), number))
     assert (tmp_path / "step/kept/saved").read_bytes() == b"all of it"
 
 

@@ -131,9 +131,10 @@ def test_an_address_where_nobody_listens_is_told_at_once(nobody: str) -> None:
     assert caught.value.exit_code == 69
 
 
-def test_the_dashboards_address_is_no_clusters(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-    with pytest.raises(UsageError, match=r"RAY_ADDRESS is http://.*; name the head .* by HOST:PORT"):
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "auto", "LOCALHOST", ":6379", "head:port", "head:65536"])
+def test_what_is_no_heads_address_is_told_at_once(nobody: str, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UsageError, match=rf"RAY_ADDRESS is {address}; name the head .* by HOST:PORT"):
         RayBackend()
 
 

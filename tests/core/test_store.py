@@ -94,6 +94,10 @@ def test_of_threads_that_commit_at_once_one_wins_with_its_whole_content(tmp_path
 def test_of_processes_that_commit_at_once_one_wins_with_its_whole_content(tmp_path: Path) -> None:
     with multiprocessing.get_context("fork").Pool(3) as pool:
         won = pool.starmap(_commit, [(tmp_path / "shard", n, 30) for n in range(3)], chunksize=1)
+        # Left to itself it ends them by SIGTERM, which a process that is just being forked may not obey: whoever
+        # handles it here raises an exception, and those of hooks that run at a fork are dropped.
+        pool.close()
+        pool.join()
     assert [sum(each) for each in zip(*won, strict=True)] == [1] * 30
     _whole(tmp_path, 30)
 

@@ -34,7 +34,9 @@ class RayBackend:
     """
 
     def __init__(self) -> None:
-        address = os.environ.get("RAY_ADDRESS") or ("auto" if os.environ.get("RAY_JOB_ID") else "local")
+        if named := os.environ.get("RAY_ADDRESS"):
+            head_of(named)
+        address = named or ("auto" if os.environ.get("RAY_JOB_ID") else "local")
         self._ours = not ("ray" in sys.modules and sys.modules["ray"].is_initialized())
         if self._ours and address == "local":
             _keep_to_ourselves()
@@ -45,14 +47,14 @@ class RayBackend:
         from selfalign.backends.ray_pool import Pool
 
         self._ray, self._code = ray, code_digest()
-        if self._ours and address != "local":
+        if self._ours and address not in ("auto", "local"):
             _check_answers(address)
         if self._ours:
             ours = {"include_dashboard": False} if address == "local" else {}
             try:
                 with _handlers_kept():
                     ray.init(address=address, log_to_driver=False, **ours)
-            except (ConnectionError, RuntimeError) as error:
+            except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
                 raise _explained(address, error) from error
         self._closed = threading.Event()
         if self._ours and address != "local":
@@ -123,21 +125,30 @@ def _watch_head(address: str, closed: threading.Event) -> None:
                 os._exit(ServiceError.exit_code)
 
 
+def head_of(address: str) -> tuple[str, int] | None:
+    """Host and port of a cluster's head; None for a cluster of one's own. Raises UsageError for what names neither.
+
+    Ray would take "auto" for whatever cluster it finds on this machine, and ask for ever where none answers.
+    """
+    if address == "local":
+        return None
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"RAY_ADDRESS is {address}; name the head of the cluster by HOST:PORT, or submit a Ray job")
+    return host.strip("[]"), int(port)
+
+
 def _check_answers(address: str) -> None:
     """Raise ServiceError where nobody listens: Ray itself would wait for minutes."""
-    if "://" in address:
-        raise UsageError(f"RAY_ADDRESS is {address}; name the head of the cluster by HOST:PORT, or submit a Ray job")
-    host, _, port = address.rpartition(":")
-    host, advice = host.strip("[]"), ""
-    if not port.isdigit():
-        return
+    host, port = head_of(address) or ("", 0)
+    advice = "; start it, or unset RAY_ADDRESS"
     if host in ("127.0.0.1", "localhost", "::1"):
         from ray.util import get_node_ip_address
 
         host = get_node_ip_address()
         advice = f"; Ray takes that for {host}, so that a cluster on loopback is to be named LOCALHOST:{port}"
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        socket.create_connection((host, port), timeout=CONNECT_S).close()
     except OSError as error:
         raise ServiceError(f"Ray cannot be reached at {address} (RAY_ADDRESS): {error}{advice}") from error
 
@@ -147,8 +158,8 @@ def _explained(address: str, error: Exception) -> UsageError | ServiceError:
     if "Version mismatch" in told:
         return UsageError(f"the cluster at {address} has another Ray or Python than this process: {told}")
     return ServiceError(
-        f"Ray cannot be used at {address}: {told}; is it the right address, and do "
-        "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH name its token?"
+        f"Ray cannot be used at {address}: {told}; do RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH name the cluster's "
+        "token, and is it the right address?"
     )
 
 

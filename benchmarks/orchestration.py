@@ -30,7 +30,7 @@ from selfalign.core.records import Candidate, Document, Outcome
 from selfalign.core.shards import ShardReport
 from selfalign.core.stage import Context, External, Process, Resources, Step, Workers
 from selfalign.core.store import Artifact, Store
-from selfalign.core.tables import read_kept
+from selfalign.core.tables import read_kept, to_parquet
 from selfalign.engines.open import open_engine
 from selfalign.pipelines.externals import Externals
 from selfalign.pipelines.runner import Runner, Silent
@@ -179,10 +179,11 @@ def through(folder: str, where: str) -> Work:
 
 
 def _warm(generate: Step, documents: Artifact) -> Clocked:
-    """Load the model, which stays, and use it once."""
+    """Load the model, which stays, and use it once; write a table, which imports pandas."""
     stage = generate.stage
     assert isinstance(stage, Clocked)
-    rows = islice(read_kept(documents.shards()[0], Document), 2)
+    rows = [*islice(read_kept(documents.shards()[0], Document), 2)]
+    to_parquet(rows, Document)
     requests = [Request(row.id, stage.messages(stage.prompt, row)) for row in rows]
     open_engine(stage.model).generate(requests, stage.config.sampling())
     return stage

@@ -20,7 +20,10 @@ STALE_S = 60.0
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, told apart from a later one with the same number by its start time."""
+    """A process, told apart from a later one with the same number by its start time.
+
+    `space` is that of its number, which means another process in another container.
+    """
 
     host: str
     pid: int

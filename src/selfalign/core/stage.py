@@ -34,6 +34,7 @@ Log = Callable[[Mapping[str, float]], None]
 
 
 SHARDS_AHEAD = 4
+"""How many shards of an object store are on their way, or wait, while one is gone through."""
 STALL_MINUTES = 30.0
 """How long a batch may take without anybody minding."""
 
